@@ -1,0 +1,253 @@
+"""Samplers on data whose score is known; the ODE solver against scipy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.integrate
+
+import sampling
+import sde_lib
+from tests.exact import GAUSSIAN, MIXTURE
+
+SDES = [
+  sde_lib.VESDE(sigma_min=0.01, sigma_max=6.0),
+  sde_lib.VPSDE(),
+  sde_lib.SubVPSDE(),
+  sde_lib.DDPM(num_scales=200),
+]
+BATCH = 2000
+name = lambda sde: type(sde).__name__
+
+PREDICTORS = dict(sampling.PREDICTORS)
+CORRECTORS = {
+  'langevin': functools.partial(sampling.langevin, snr=0.16),
+  'annealed_langevin': functools.partial(sampling.annealed_langevin, snr=0.16),
+  'none': sampling.no_step,
+}
+
+
+def assert_moments(x, data, *, bias):
+  """Mean and variance within 4 standard errors and a discretisation bias."""
+  error = 4 * np.sqrt(1 / len(x))
+  standardized = (x.mean(0) - data.mean) / np.sqrt(data.variance)
+  np.testing.assert_allclose(standardized, 0, atol=error + bias)
+  relative = x.var(0) / data.variance
+  np.testing.assert_allclose(relative, 1, atol=error * np.sqrt(2) + bias)
+
+
+def compiled(function):
+  """Compiled quickly rather than well: these programs run once."""
+  options = {'xla_backend_optimization_level': 0}
+  return jax.jit(function, compiler_options=options)
+
+
+def run(sde, data, predictor, corrector, **kwargs):
+  options = {'num_steps': 200, 'eps': 1e-3} | kwargs
+  sample = compiled(
+    lambda rng: sampling.pc_sample(
+      rng,
+      data.score_fn(sde),
+      sde,
+      (BATCH, data.dims),
+      predictor=predictor,
+      corrector=corrector,
+      **options,
+    )
+  )
+  samples = sample(jax.random.key(0))
+  return np.asarray(samples.x), int(samples.nfe)
+
+
+COMBINATIONS = [
+  (predictor, corrector)
+  for predictor in PREDICTORS
+  for corrector in CORRECTORS
+  if (predictor, corrector) != ('none', 'none')
+]
+
+
+@pytest.mark.parametrize('sde', SDES, ids=name)
+@pytest.mark.parametrize('predictor,corrector', COMBINATIONS)
+def test_every_combination_reaches_the_data(sde, predictor, corrector):
+  # Without a predictor only Langevin dynamics moves x: give it more steps. Its
+  # own step size leaves a bias, the larger the fewer steps it has.
+  alone = predictor == 'none'
+  x, nfe = run(
+    sde,
+    GAUSSIAN,
+    PREDICTORS[predictor],
+    CORRECTORS[corrector],
+    corrector_steps=16 if alone else 1,
+  )
+  corrections = 0 if corrector == 'none' else 16 * 200 if alone else 200
+  assert nfe == corrections + (1 if alone else 200)
+  annealed = alone and corrector == 'annealed_langevin'
+  assert_moments(x, GAUSSIAN, bias=0.15 if annealed else 0.04)
+
+
+@pytest.mark.parametrize('sde', SDES, ids=name)
+def test_mixture_weights_are_right(sde):
+  predictor, corrector = sampling.reverse_diffusion, CORRECTORS['langevin']
+  x, _ = run(sde, MIXTURE, predictor, corrector)
+  assert_moments(x, MIXTURE, bias=0.03)
+  weight = np.mean(x[:, 0] > 0)
+  assert abs(weight - 0.7) < 4 * np.sqrt(0.7 * 0.3 / BATCH) + 0.01
+
+
+@pytest.mark.parametrize('sde', SDES[:3], ids=name)
+@pytest.mark.parametrize(
+  'predictor', [sampling.euler_maruyama, sampling.reverse_diffusion]
+)
+def test_probability_flow_steps(sde, predictor):
+  flow = functools.partial(predictor, probability_flow=True)
+  x, nfe = run(sde, GAUSSIAN, flow, sampling.no_step, num_steps=1000)
+  assert nfe == 1000
+  assert_moments(x, GAUSSIAN, bias=0.04)
+
+
+def test_posterior_variance_noises_less():
+  """It is exact for a point mass, where the forward variance is too large."""
+  sde = sde_lib.VPSDE()
+  point = type(GAUSSIAN)(means=((0.5, -0.3),), std=1e-3)
+  spread = {}
+  for variance in ('posterior', 'forward'):
+    predictor = functools.partial(sampling.ancestral, variance=variance)
+    x, _ = run(sde, point, predictor, sampling.no_step, final_denoise=False)
+    spread[variance] = x.std()
+  sigma = float(sde.marginal(1e-3)[1])
+  centred = np.abs(spread['posterior'] / np.hypot(sigma, np.std(x.mean(0))) - 1)
+  assert spread['posterior'] < spread['forward']
+  assert centred < 0.05
+  with pytest.raises(ValueError, match='ancestral_variance'):
+    sampling.ancestral(None, sde, variance='both')
+
+
+def test_time_grid():
+  np.testing.assert_allclose(
+    sampling.time_grid(sde_lib.VPSDE(), 3, 0.1), [1, 0.55, 0.1], rtol=1e-6
+  )
+  labels = sampling.time_grid(sde_lib.DDPM(num_scales=1000), 1000, 1e-3) * 999
+  np.testing.assert_allclose(labels, np.arange(999, -1, -1), atol=1e-3)
+  # 1500 steps, eps 1e-3: every step moves, unlike a grid recovered from t.
+  assert len(set(sampling.time_grid(sde_lib.VPSDE(), 1500, 1e-3))) == 1500
+  with pytest.raises(ValueError, match='50 noise levels'):
+    sampling.time_grid(sde_lib.DDPM(num_scales=50), 51, 0)
+  with pytest.raises(ValueError, match='at least 1'):
+    sampling.time_grid(sde_lib.VPSDE(), 0, 0)
+
+
+@pytest.mark.parametrize('sde', [sde_lib.VPSDE(), sde_lib.SubVPSDE()], ids=name)
+def test_too_coarse_a_chain_is_refused(sde):
+  with pytest.raises(ValueError, match='too few'):
+    run(sde, GAUSSIAN, sampling.ancestral, sampling.no_step, num_steps=9)
+
+
+def test_langevin_step_size_is_of_the_whole_batch():
+  """Doubling one example's score changes every example's step (Algorithm 4)."""
+  sde, t = sde_lib.VESDE(), jnp.full((2,), 0.5)
+  x = jnp.zeros((2, 8))
+  gain = jnp.asarray([[1.0], [3.0]])
+
+  def moved(gain):
+    step = sampling.langevin(lambda x, t: gain + 0 * x, sde, snr=0.1)
+    return step(jax.random.key(0), x, t, t)[1]
+
+  alone = moved(jnp.ones((2, 1)))
+  both = moved(gain)
+  np.testing.assert_allclose(both[0] / alone[0], 1 / 4, rtol=1e-5)
+
+
+# ------------------------------------------------------------- ODE
+
+
+def _oscillator(t, y):
+  return {'x': y['v'], 'v': -y['x'] * (1 + 0.5 * jnp.sin(3 * t))}
+
+
+def _solve(rtol, t1=5.0, **kwargs):
+  y0 = {'x': jnp.asarray([1.0, 0.5]), 'v': jnp.asarray([0.0, -1.0])}
+  solve = lambda: sampling.solve_ode(
+    _oscillator, y0, 0.0, t1, rtol=rtol, atol=rtol, **kwargs
+  )
+  return jax.jit(solve)()
+
+
+@pytest.mark.parametrize('t1', [5.0, -2.0])
+def test_rk45_takes_scipys_steps(t1):
+  def flat(t, y):
+    return np.concatenate([y[2:], -y[:2] * (1 + 0.5 * np.sin(3 * t))])
+
+  ours = _solve(1e-4, t1)
+  reference = scipy.integrate.solve_ivp(
+    flat, (0, t1), [1.0, 0.5, 0.0, -1.0], rtol=1e-4, atol=1e-4
+  )
+  y = np.concatenate([ours.y['x'], ours.y['v']])
+  np.testing.assert_allclose(y, reference.y[:, -1], rtol=2e-5, atol=2e-5)
+  assert int(ours.nfe) == reference.nfev
+  assert ours.success
+
+
+def test_ode_error_falls_with_the_tolerance():
+  exact = _solve(1e-7).y['x']
+  errors = [
+    float(jnp.abs(_solve(rtol).y['x'] - exact).max()) for rtol in (1e-2, 1e-4)
+  ]
+  assert errors[1] < errors[0] / 20
+
+
+def test_ode_failure_is_reported():
+  assert not _solve(1e-6, max_steps=3).success
+  blow_up = sampling.solve_ode(
+    lambda t, y: y**2, jnp.ones(1), 0.0, 2.0, rtol=1e-5, atol=1e-5
+  )
+  assert not blow_up.success
+
+
+def _fixed_step_error(num_steps, sde):
+  """Error at eps of Euler's method on the probability flow of a Gaussian."""
+  flow = functools.partial(sampling.euler_maruyama, probability_flow=True)
+  x, _ = run(
+    sde, GAUSSIAN, flow, sampling.no_step, num_steps=num_steps,
+    eps=0.01, final_denoise=False,
+  )  # fmt: skip
+
+  # The flow of a Gaussian is affine: it keeps (x - alpha mean) / std_t.
+  def std(t):
+    alpha, sigma = (float(c) for c in sde.marginal(t))
+    return np.hypot(alpha * GAUSSIAN.std, sigma), alpha * GAUSSIAN.mean
+
+  rng = jax.random.split(jax.random.key(0), 3)[1]
+  z = np.asarray(sde.prior_sample(rng, (BATCH, 2)))
+  (std_1, mean_1), (std_0, mean_0) = std(1.0), std(0.01)
+  exact = mean_0 + std_0 * (z - mean_1) / std_1
+  return np.sqrt(np.mean((x - exact) ** 2)), exact
+
+
+@pytest.mark.parametrize('sde', SDES[:3], ids=name)
+def test_fixed_step_ode_is_of_first_order(sde):
+  errors = [_fixed_step_error(n, sde)[0] for n in (101, 201, 401)]
+  orders = np.log2(np.array(errors[:-1]) / errors[1:])
+  np.testing.assert_allclose(orders, 1, atol=0.2)
+
+
+@pytest.mark.parametrize('sde', SDES[:3], ids=name)
+def test_adaptive_ode_sampler_solves_the_flow(sde):
+  sample = compiled(
+    lambda rng: sampling.ode_sample(
+      rng,
+      GAUSSIAN.score_fn(sde),
+      sde,
+      (BATCH, 2),
+      eps=0.01,
+      rtol=1e-5,
+      atol=1e-5,
+    )
+  )
+  samples, success = sample(jax.random.split(jax.random.key(0), 3)[1])
+  assert success
+  _, exact = _fixed_step_error(20 if sde.prior_std > 1 else 40, sde)
+  np.testing.assert_allclose(samples.x, exact, atol=5e-4)
+  assert 20 < int(samples.nfe) < 300
