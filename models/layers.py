@@ -1,0 +1,294 @@
+"""Layers that the score networks share.
+
+Class and parameter names are those of the paper's released checkpoints, so
+that these load; see `numbered`. Images are NHWC. `dtype` is the precision of
+convolutions and matrix products; parameters, statistics of norms, softmax and
+noise embeddings are float32 whatever it is.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from models import resampling
+
+ACTIVATIONS = {
+  'swish': nn.swish,
+  'elu': nn.elu,
+  'relu': nn.relu,
+  'lrelu': functools.partial(nn.leaky_relu, negative_slope=0.2),
+}
+DTYPES = ('float32', 'bfloat16')
+
+
+def check_choices(module, **choices):
+  """Raises ValueError when a field of `module` is none of its choices."""
+  for field, allowed in choices.items():
+    value = getattr(module, field)
+    if value not in allowed:
+      raise ValueError(
+        f'{type(module).__name__}: {field}={value!r} is none of '
+        f'{", ".join(map(str, allowed))}.'
+      )
+
+
+def check_divisible(x, factor):
+  """Raises ValueError when images [B, H, W, C] cannot be halved so often."""
+  if x.shape[1] % factor or x.shape[2] % factor:
+    raise ValueError(
+      f'Images of {x.shape[1]}x{x.shape[2]} pixels cannot be downsampled '
+      f'{factor}-fold: height and width must be multiples of {factor}.'
+    )
+
+
+def numbered(cls, prefix, *, remat=False, **fields):
+  """Makes a factory of modules named prefix_0, prefix_1, ...
+
+  Explicit names let one class serve several checkpoint formats and keep
+  parameters where they are when `remat` wraps the class. With `remat`, the
+  modules' activations are recomputed in the backward pass, not stored.
+  """
+  cls = nn.remat(cls) if remat else cls
+  names = (f'{prefix}_{k}' for k in itertools.count())
+  return lambda **more: cls(name=next(names), **fields, **more)
+
+
+def default_init(scale=1.0):
+  """DDPM's initialiser (Ho et al. 2020); a scale of 0 stands for 1e-10."""
+  return nn.initializers.variance_scaling(scale or 1e-10, 'fan_avg', 'uniform')
+
+
+def conv(features, size, *, dtype, stride=1, init_scale=1.0):
+  """A size x size convolution with zero padding and DDPM's initialiser."""
+  return nn.Conv(
+    features,
+    (size, size),
+    (stride, stride),
+    kernel_init=default_init(init_scale),
+    dtype=dtype,
+  )
+
+
+def group_norm(x, *, dtype, num_groups=None, epsilon=1e-6, name=None):
+  """GroupNorm, with min(C // 4, 32) groups unless told otherwise."""
+  channels = x.shape[-1]
+  num_groups = num_groups or max(1, min(channels // 4, 32))
+  if channels % num_groups:
+    raise ValueError(
+      f'GroupNorm cannot split {channels} channels into {num_groups} groups: '
+      f'choose nf a multiple of {num_groups}.'
+    )
+  return nn.GroupNorm(num_groups, epsilon=epsilon, dtype=dtype, name=name)(x)
+
+
+def merge(x, h, *, rescale):
+  """x + h, divided by sqrt(2) if `rescale` so that the variance stays."""
+  return (x + h) / math.sqrt(2) if rescale else x + h
+
+
+def positional_embedding(cond, size):
+  """Sinusoids of geometric frequencies (Vaswani et al. 2017): [B, size].
+
+  Args:
+    cond: steps [B] of 0..999, integer or not.
+    size: number of features, at least 4.
+  """
+  half = size // 2
+  frequencies = jnp.exp(-math.log(10000) / (half - 1) * jnp.arange(half))
+  angles = cond.astype(jnp.float32)[:, None] * frequencies[None, :]
+  features = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
+  return jnp.pad(features, [(0, 0), (0, size % 2)])
+
+
+class GaussianFourierProjection(nn.Module):
+  """Random Fourier features (Tancik et al. 2020) of v [B]: [B, 2 features].
+
+  The frequencies W ~ N(0, scale^2) are drawn once and never trained.
+  """
+
+  features: int
+  scale: float
+
+  @nn.compact
+  def __call__(self, v):
+    init = nn.initializers.normal(self.scale)
+    w = jax.lax.stop_gradient(self.param('W', init, (self.features,)))
+    angles = v.astype(jnp.float32)[:, None] * w[None, :] * 2 * jnp.pi
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+class NIN(nn.Module):
+  """A 1x1 convolution, as a matrix W and a bias b."""
+
+  features: int
+  dtype: Any
+  init_scale: float = 0.1
+
+  @nn.compact
+  def __call__(self, x):
+    shape = (x.shape[-1], self.features)
+    w = self.param('W', default_init(self.init_scale), shape)
+    b = self.param('b', nn.initializers.zeros_init(), (self.features,))
+    x, w, b = nn.dtypes.promote_dtype(x, w, b, dtype=self.dtype)
+    return x @ w + b[None, None, None]
+
+
+class AttnBlock(nn.Module):
+  """Single-head self-attention over all pixels, in a residual block.
+
+  Called AttnBlockpp in NCSN++ and AttnBlock in DDPM.
+  """
+
+  dtype: Any
+  init_scale: float = 0.0
+  skip_rescale: bool = False
+  num_groups: int | None = None
+
+  @nn.compact
+  def __call__(self, x):
+    batch, height, width, channels = x.shape
+    h = group_norm(x, dtype=self.dtype, num_groups=self.num_groups)
+    q, k, v = (
+      NIN(channels, self.dtype)(h).reshape(batch, -1, 1, channels)
+      for _ in 'qkv'
+    )
+    # softmax(q k^T / sqrt(C)) v, the softmax in float32.
+    h = jax.nn.dot_product_attention(q, k, v, implementation='xla')
+    h = h.reshape(batch, height, width, channels)
+    h = NIN(channels, self.dtype, self.init_scale)(h)
+    return merge(x, h, rescale=self.skip_rescale)
+
+
+class Conv2d(nn.Module):
+  """A 3x3 convolution fused with FIR up- or downsampling (StyleGAN2)."""
+
+  features: int
+  resample: Callable[..., jax.Array]
+  taps: Sequence[int]
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x):
+    shape = (3, 3, x.shape[-1], self.features)
+    weight = self.param('weight', default_init(), shape)
+    bias = self.param('bias', nn.initializers.zeros_init(), (self.features,))
+    x, weight, bias = nn.dtypes.promote_dtype(x, weight, bias, dtype=self.dtype)
+    return self.resample(x, weight, self.taps) + bias[None, None, None]
+
+
+class Upsample(nn.Module):
+  """Doubles height and width, with a 3x3 convolution if `with_conv`.
+
+  `taps` is the FIR filter, None for nearest-neighbour upsampling.
+  """
+
+  with_conv: bool
+  taps: Sequence[int] | None
+  dtype: Any
+  out_ch: int | None = None
+
+  @nn.compact
+  def __call__(self, x):
+    features = self.out_ch or x.shape[-1]
+    if not self.with_conv:
+      return resampling.upsample(x, self.taps or (1, 1))
+    if self.taps:
+      combined = resampling.upsample_conv
+      return Conv2d(features, combined, self.taps, self.dtype)(x)
+    x = resampling.upsample(x, (1, 1))
+    return conv(features, 3, dtype=self.dtype)(x)
+
+
+class Downsample(nn.Module):
+  """Halves height and width, with a 3x3 convolution if `with_conv`.
+
+  `taps` is the FIR filter, None for the mean of 2x2 pixels or, with the
+  convolution, for no filter at all.
+  """
+
+  with_conv: bool
+  taps: Sequence[int] | None
+  dtype: Any
+  out_ch: int | None = None
+
+  @nn.compact
+  def __call__(self, x):
+    features = self.out_ch or x.shape[-1]
+    if not self.with_conv:
+      return resampling.downsample(x, self.taps or (1, 1))
+    if self.taps:
+      combined = resampling.downsample_conv
+      return Conv2d(features, combined, self.taps, self.dtype)(x)
+    return conv(features, 3, stride=2, dtype=self.dtype)(x)
+
+
+class Combine(nn.Module):
+  """Merges an input pyramid x into features h by sum or concatenation."""
+
+  method: str
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x, h):
+    x = conv(h.shape[-1], 1, dtype=self.dtype)(x)
+    return x + h if self.method == 'sum' else jnp.concatenate([x, h], axis=-1)
+
+
+class ResnetBlock(nn.Module):
+  """Residual block conditioned on a noise embedding.
+
+  Of DDPM (Ho et al. 2020; called ResnetBlockDDPM, in NCSN++
+  ResnetBlockDDPMpp) with `nin_shortcut`, of BigGAN (Brock et al. 2019; called
+  ResnetBlockBigGANpp) without; the latter can also resample.
+  """
+
+  act: Callable[[jax.Array], jax.Array]
+  dropout: float
+  train: bool
+  dtype: Any
+  out_ch: int | None = None
+  resample: Callable[..., jax.Array] | None = None
+  taps: Sequence[int] = (1, 1)
+  nin_shortcut: bool = False
+  skip_rescale: bool = False
+  init_scale: float = 0.0
+  num_groups: int | None = None
+
+  @nn.compact
+  def __call__(self, x, temb):
+    """x [B, H, W, C] and the embedding [B, E] or None, to [B, H', W', O]."""
+    features = self.out_ch or x.shape[-1]
+    norm = functools.partial(
+      group_norm, dtype=self.dtype, num_groups=self.num_groups
+    )
+    h = self.act(norm(x))
+    if self.resample:
+      h = self.resample(h, self.taps)
+      x = self.resample(x, self.taps)
+    h = conv(features, 3, dtype=self.dtype)(h)
+    if temb is not None:
+      dense = nn.Dense(features, kernel_init=default_init(), dtype=self.dtype)
+      h = h + dense(self.act(temb))[:, None, None, :]
+    h = self.act(norm(h))
+    h = nn.Dropout(self.dropout, deterministic=not self.train)(h)
+    h = conv(features, 3, init_scale=self.init_scale, dtype=self.dtype)(h)
+    if self.nin_shortcut and features != x.shape[-1]:
+      x = NIN(features, self.dtype)(x)
+    elif self.resample or features != x.shape[-1]:
+      x = conv(features, 1, dtype=self.dtype)(x)
+    return merge(x, h, rescale=self.skip_rescale)
+
+
+def embed_noise(features, size, act):
+  """The two dense layers between embedding and blocks, in float32: [B, size].
+
+  Called inside a compact method, whose module then owns Dense_0 and Dense_1.
+  """
+  h = nn.Dense(size, kernel_init=default_init())(features)
+  return nn.Dense(size, kernel_init=default_init())(act(h))

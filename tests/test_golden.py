@@ -1,0 +1,204 @@
+"""Everything between a network and a number, against the paper's own release.
+
+The arrays are described in `tests/golden.py`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import likelihood
+import losses
+import sampling
+import sde_lib
+from models import score as score_lib
+from tests import golden
+
+# (process, conditioning) of each case.
+PROCESSES = {
+  've_ncsnpp_continuous': (sde_lib.VESDE(), 'sigma'),
+  'vp_ddpmpp_continuous': (sde_lib.VPSDE(), 'time'),
+  'subvp_ncsnpp_continuous': (sde_lib.SubVPSDE(), 'time'),
+  've_ffhq_256_ncsnpp': (sde_lib.VESDE(sigma_max=348.0), 'sigma'),
+  'vp_ddpm': (sde_lib.DDPM(), 'ddpm_label'),
+  've_ncsnv2': (sde_lib.VESDE(num_scales=232), 'smld_label'),
+}
+CONTINUOUS = list(PROCESSES)[:4]
+NUM_SCALES = dict.fromkeys(CONTINUOUS, 1000) | {'ve_ffhq_256_ncsnpp': 2000}
+close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
+
+
+def network_of(case):
+  _, params = golden.load(case)
+  network = golden.model(case)
+  return lambda x, cond: network.apply({'params': params}, x, cond, train=False)
+
+
+@functools.cache
+def score_of(case):
+  return score_lib.make_score_fn(network_of(case), *PROCESSES[case])
+
+
+def near(got, want, tolerance=5e-5):
+  """Equal relative to the largest entry, as float32 convolutions allow."""
+  scale = np.abs(want).max()
+  np.testing.assert_allclose(got / scale, want / scale, atol=tolerance)
+
+
+@pytest.mark.parametrize('case', CONTINUOUS)
+def test_process(case):
+  g, _ = golden.load(case)
+  sde, _ = PROCESSES[case]
+  alpha, sigma = sde.marginal(g['t'])
+  # Near t = 0 the release's 1 - exp(..) has lost digits in float32.
+  close(sigma, g['std'], rtol=1e-4)
+  near(sde_lib.expand(alpha, g['data']) * g['data'], g['mean'])
+  near(sde.perturb(g['data'], g['t'], g['z']), g['x'])
+  f, diffusion = sde.coefficients(g['t'])
+  close(diffusion, g['diffusion'])
+  near(sde_lib.expand(f, g['x']) * g['x'], g['drift'])
+  near(sde.prior_logp(g['x']), g['prior_logp'])
+
+
+def _chain_times(case, t):
+  """The grid point at or below t and its predecessor, as the release steps."""
+  sde, n = PROCESSES[case][0], NUM_SCALES[case]
+  level = np.floor(t * (n - 1)) / (n - 1)
+  if isinstance(sde, sde_lib.VESDE):
+    return level, level - 1 / (n - 1)
+  if isinstance(sde, sde_lib.SubVPSDE):
+    return t, t - 1 / n
+  return level, level - 1 / n
+
+
+@pytest.mark.parametrize('case', CONTINUOUS)
+def test_predictors(case):
+  g, _ = golden.load(case)
+  sde, _ = PROCESSES[case]
+  score_fn = lambda x, t: jnp.asarray(g['score'])
+  rng, x = jax.random.key(0), jnp.asarray(g['x'])
+  t, s = (np.float32(v) for v in _chain_times(case, g['t'].astype(float)))
+  # At level 0 the release steps to sigma = 0: our final denoising.
+  last = (s < 0) & isinstance(sde, sde_lib.VESDE)
+  denoised = sampling.denoise(score_fn, sde, x, t)
+  _, v = sde.discretize(s, t)
+  noise = np.where(last, sde.marginal(t)[1], np.sqrt(v))
+  close(noise, g['reverse_diffusion_G'], rtol=1e-4)
+
+  def mean(predictor, t, s):
+    step = predictor(score_fn, sde)(rng, x, t, s)[1]
+    return jnp.where(sde_lib.expand(last, x), denoised, step)
+
+  near(mean(sampling.reverse_diffusion, t, s), g['reverse_diffusion_x_mean'])
+  if 'ancestral_x_mean' in g:
+    near(mean(sampling.ancestral, t, s), g['ancestral_x_mean'])
+  euler = sampling.euler_maruyama(score_fn, sde)
+  _, x_mean = euler(rng, x, g['t'], g['t'] - 1 / NUM_SCALES[case])
+  near(x_mean, g['euler_maruyama_x_mean'])
+
+
+@pytest.mark.parametrize('case', ['vp_ddpm', 've_ncsnv2'])
+def test_score_of_discrete_models(case):
+  """The release reads its tables off the grid too; ours are on it."""
+  g, _ = golden.load(case)
+  sde, _ = PROCESSES[case]
+  t = g['t'].astype(float)
+  levels = sde.num_scales - 1
+  if case == 've_ncsnv2':
+    t = 1 - np.rint((1 - t) * levels) / levels
+    near(jax.jit(score_of(case))(g['x'], np.float32(t)), g['score'])
+  else:
+    # Here it gives the network t (M - 1), and reads sigma at the floor of it.
+    at_floor = np.float32(np.floor(t * levels) / levels)
+    _, sigma = sde.marginal(at_floor)
+    score = -jax.jit(network_of(case))(g['x'], np.float32(t * levels))
+    near(score / sde_lib.expand(sigma, score), g['score'])
+
+
+@pytest.mark.parametrize('case', CONTINUOUS)
+def test_score_and_losses(case):
+  g, _ = golden.load(case)
+  sde, _ = PROCESSES[case]
+  t, score_fn = jnp.asarray(g['t']), jax.jit(score_of(case))
+  # As above, but for sigma near t = 0.
+  tolerance = 5e-5 if isinstance(sde, sde_lib.VESDE) else 1e-4
+  near(score_fn(jnp.asarray(g['x']), t), g['score'], tolerance)
+
+  def loss(weighting, reduction):
+    return losses.denoising_loss(
+      score_fn,
+      sde,
+      jnp.asarray(g['data']),
+      t,
+      jnp.asarray(g['z']),
+      weighting=weighting,
+      reduction=reduction,
+    )
+
+  names = {
+    'loss_mean_op': ('variance', 'mean'),
+    'loss_halfsum_op': ('variance', 'half_sum'),
+    'loss_likelihood_weighting_mean_op': ('likelihood', 'mean'),
+  }
+  for name, choice in names.items():
+    close(loss(*choice), g[name], rtol=2e-4)
+
+
+@pytest.mark.parametrize('case', CONTINUOUS)
+def test_drift_and_divergence(case):
+  g, _ = golden.load(case)
+  sde, _ = PROCESSES[case]
+  compute = jax.jit(
+    functools.partial(likelihood.drift_and_divergence, score_of(case), sde)
+  )
+  drift, divergence = compute(g['x'], g['t'], g['hutchinson_eps'])
+  near(drift, g['pf_drift'])
+  near(divergence, g['pf_div'], 1e-4)
+
+
+ODE_CASES = [case for case in CONTINUOUS if 'ffhq' not in case]
+
+
+@pytest.mark.parametrize('case', ODE_CASES)
+def test_ode_sample(case):
+  g, _ = golden.load(case)
+  sde, _ = PROCESSES[case]
+  score_fn, eps = score_of(case), float(g['ode_eps'])
+
+  @jax.jit
+  def solve(z):
+    drift = lambda t, x: sde.ode_drift(
+      x, jnp.full(4, t), score_fn(x, jnp.full(4, t))
+    )
+    return sampling.solve_ode(drift, z, 1.0, eps, rtol=1e-5, atol=1e-5)
+
+  solution = solve(g['ode_z'])
+  assert solution.success
+  near(solution.y, g['ode_x'], 1e-3)
+  assert abs(int(solution.nfe) - g['ode_nfe']) <= 0.1 * g['ode_nfe']
+
+
+@pytest.mark.slow  # 1,500 to 2,900 evaluations of a network and its vjp
+@pytest.mark.parametrize('case', ODE_CASES)
+def test_likelihood(case):
+  """Agrees to 1e-2: near t = 0 the release's sigma cancels in float32."""
+  g, _ = golden.load(case)
+  sde, _ = PROCESSES[case]
+  compute = jax.jit(
+    functools.partial(likelihood.log_likelihood, score_of(case), sde)
+  )
+  result = compute(jnp.asarray(g['data']), jnp.asarray(g['hutchinson_eps']))
+  assert result.success
+  near(result.z, g['lik_z'], 1e-2)
+  close(result.logp - sde.prior_logp(result.z), g['lik_delta_logp'], rtol=1e-2)
+  close(sde.prior_logp(result.z), g['lik_prior_logp'], rtol=1e-2)
+  bits = likelihood.bits_per_dim(
+    result.logp,
+    g['data'][0].size,
+    data_width=1 if isinstance(sde, sde_lib.VESDE) else 2,
+  )
+  close(bits, g['lik_bpd'], rtol=1e-2)
+  assert abs(int(result.nfe) - g['lik_nfe']) <= 0.1 * g['lik_nfe']
