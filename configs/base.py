@@ -1,0 +1,228 @@
+"""What every configuration is made of: one base and presets composed over it.
+
+A file of `configs/` is `compose(dataset preset, SDE preset, network preset)`
+and whatever else differs. Hyper-parameters are those of Song et al. 2021, App. H,
+unless a line says otherwise.
+"""
+
+import difflib
+
+import ml_collections
+
+
+def base():
+  """Everything but the sections `sde` and `model`, which presets define."""
+  return ml_collections.ConfigDict(
+    {
+      'seed': 42,
+      'data': {
+        'dataset': 'cifar10',  # a key of datasets.DATASETS
+        'path': '',  # file or folder; '': the default cache
+        'image_size': 32,
+        'num_channels': 3,
+        'random_flip': True,
+        'uniform_dequantization': False,
+        'centered': False,  # the model's range is [-1, 1], not [0, 1]
+      },
+      'sde': {},
+      'model': {},
+      'training': {
+        'batch_size': 128,  # of all devices together
+        'n_iters': 1_300_001,
+        'times': 'uniform',  # losses.TIMES
+        'weighting': 'variance',  # losses.WEIGHTINGS
+        'reduction': 'mean',  # losses.REDUCTIONS
+        'eps': 1e-5,  # smallest time
+        'ema_rate': 0.9999,
+        'ema_warmup': False,  # min(ema_rate, (1 + n) / (10 + n))
+        'n_jitted_steps': 5,  # steps in one compiled call
+        'grad_accumulation': 1,  # parts that a batch is split into
+        'log_freq': 50,
+        'eval_freq': 500,  # loss of a test batch, with the averaged parameters
+        'checkpoint_freq': 10_000,  # to resume from; only the last two are kept
+        'snapshot_freq': 50_000,  # checkpoints that are kept for good
+        'snapshot_sampling': True,  # a grid of samples at each snapshot
+      },
+      'optim': {
+        'lr': 2e-4,
+        'beta1': 0.9,
+        'beta2': 0.999,
+        'eps': 1e-8,
+        'weight_decay': 0.0,
+        'warmup': 5000,
+        'grad_clip': 1.0,
+      },
+      'sampling': {
+        'method': 'pc',  # 'pc' or 'ode'
+        'predictor': 'euler_maruyama',  # sampling.PREDICTORS
+        'corrector': 'none',  # sampling.CORRECTORS
+        'num_steps': 1000,  # independent of training
+        'eps': 1e-3,  # smallest time
+        'corrector_steps': 1,
+        'snr': 0.16,
+        'ancestral_variance': 'forward',  # or 'posterior'
+        'probability_flow': False,  # predictors follow the ODE
+        'final_denoise': True,
+        'rtol': 1e-5,
+        'atol': 1e-5,
+        'rounding': 'half_up',  # or 'truncate', as the paper's release
+      },
+      'eval': {
+        'checkpoint': 'last',  # 'last', 'best', 'all', a step, or 'first:last'
+        'batch_size': 1024,
+        'enable_loss': True,
+        'enable_bpd': False,
+        'bpd_eps': 1e-5,
+        'bpd_repeats': 5,  # passes over the test set, each dequantised anew
+        'enable_sampling': True,
+        'num_samples': 50_000,
+        'inception_path': '',  # weights; '': the cache, or a download
+        'inception_variant': 'tensorflow',  # models.inception.VARIANTS
+        'stats_path': '',  # reference statistics; '': computed and kept
+        'allow_few_samples': False,  # a FID of fewer than 2,049 samples
+      },
+    }
+  )
+
+
+# ---------------------------------------------------------------- processes
+
+
+def ve(config):
+  """Variance exploding, [0, 1] images, reverse diffusion and Langevin."""
+  config.sde = {'name': 've', 'sigma_min': 0.01, 'sigma_max': 50.0}
+  config.data.centered = False
+  config.training.update(reduction='half_sum', ema_rate=0.999)
+  config.sampling.update(
+    predictor='reverse_diffusion',
+    corrector='langevin',
+    eps=1e-5,
+    ancestral_variance='posterior',
+  )
+
+
+def vp(config):
+  """Variance preserving, [-1, 1] images, Euler-Maruyama."""
+  config.sde = {'name': 'vp', 'beta_min': 0.1, 'beta_max': 20.0}
+  config.data.centered = True
+
+
+def subvp(config):
+  """Sub-VP, otherwise as `vp`."""
+  vp(config)
+  config.sde.name = 'subvp'
+
+
+def discrete(config):
+  """Training on 1000 noise levels: SMLD with `ve`, DDPM with `vp`."""
+  if config.sde.name == 'vp':
+    config.sde.name = 'ddpm'
+    config.model.conditioning = 'ddpm_label'
+    config.sampling.predictor = 'ancestral'
+  else:
+    config.model.conditioning = 'smld_label'
+  config.sde.num_scales = 1000
+  config.training.times = 'grid'
+
+
+# ----------------------------------------------------------------- networks
+
+
+def ncsnpp(config):
+  """NCSN++: FIR resampling and a residual input pyramid.
+
+  Fourier features of log sigma under VE, sinusoids of time otherwise.
+  """
+  fourier = config.sde.name == 've'
+  config.model = {
+    'name': 'ncsnpp',
+    'conditioning': 'sigma' if fourier else 'time',
+    'embedding_type': 'fourier' if fourier else 'positional',
+    'nf': 128,
+    'ch_mult': (1, 2, 2, 2),
+    'num_res_blocks': 4,
+    'attn_resolutions': (16,),
+    'dropout': 0.1,
+    'resblock_type': 'biggan',
+    'fir': True,
+    'progressive': 'none',
+    'progressive_input': 'residual',
+    'progressive_combine': 'sum',
+    'fourier_scale': 16.0,
+    'init_scale': 0.0,
+    'skip_rescale': True,
+    'dtype': 'float32',  # or 'bfloat16', for convolutions and products
+    'remat': False,  # recompute blocks in the backward pass
+  }
+
+
+def ddpmpp(config):
+  """DDPM++: NCSN++ with plain resampling and no pyramid."""
+  ncsnpp(config)
+  config.model.update(fir=False, progressive_input='none')
+
+
+def deep(config):
+  """Twice the residual blocks per resolution, 0.95M iterations."""
+  config.model.num_res_blocks = 8
+  config.training.n_iters = 950_001
+
+
+# ----------------------------------------------------------------- datasets
+
+
+def cifar10(config):
+  config.data.update(dataset='cifar10', image_size=32)
+
+
+# -------------------------------------------------------------- composition
+
+
+def _set(config, path, value):
+  *sections, key = path.split('.')
+  section = config
+  for name in sections:
+    section = section[name]
+  if key not in section:
+    raise KeyError(unknown_key(config, path))
+  section[key] = value
+
+
+def leaves(config, prefix=''):
+  """All dotted paths of a config's values."""
+  for key, value in config.items():
+    if isinstance(value, ml_collections.ConfigDict):
+      yield from leaves(value, f'{prefix}{key}.')
+    else:
+      yield prefix + key
+
+
+def unknown_key(config, path):
+  """One line for a key that does not exist, with the likeliest meant."""
+  known = list(leaves(config))
+  # The same name in another section first, then the closest spelling.
+  name = path.rpartition('.')[2]
+  same = [k for k in known if k.rpartition('.')[2] == name]
+  close = same or difflib.get_close_matches(path, known, n=1, cutoff=0.5)
+  hint = f' Did you mean config.{close[0]}?' if close else ''
+  return f'config.{path} does not exist.{hint}'
+
+
+def compose(*parts):
+  """Applies presets (functions) and overrides (dicts of dotted keys) in order.
+
+  Returns:
+    A locked ConfigDict.
+
+  Raises:
+    KeyError: an override names a key that does not exist.
+  """
+  config = base()
+  for part in parts:
+    if callable(part):
+      with config.unlocked():
+        part(config)
+    else:
+      for path, value in part.items():
+        _set(config, path, value)
+  return config.lock()

@@ -1,0 +1,263 @@
+"""From a config to what it describes: process, network, loss and sampler.
+
+This is also the API for a notebook:
+
+    config = experiment.load_config('configs/quickstart.py')
+    params = checkpoints.restore_ema(workdir)
+    sample = jax.jit(experiment.make_sampler(config, batch_size=16))
+    images, nfe, success = sample(params, jax.random.key(0))
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+import datasets
+import likelihood
+import losses
+import models
+import sampling
+import sde_lib
+from models import score
+
+
+def load_config(path):
+  """The ConfigDict of a config file, e.g. configs/quickstart.py."""
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise FileNotFoundError(f'No config file {path}.')
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config()
+
+
+def _choose(table, name, key):
+  if name not in table:
+    raise ValueError(f'config.{key}={name!r} is none of {list(table)}.')
+  return table[name]
+
+
+def make_sde(config) -> sde_lib.SDE:
+  """The forward process of config.sde."""
+  fields = config.sde.to_dict()
+  return _choose(sde_lib.SDES, fields.pop('name'), 'sde.name')(**fields)
+
+
+def make_network(config):
+  """The flax module of config.model."""
+  fields = config.model.to_dict()
+  name = fields.pop('name')
+  fields.pop('conditioning')
+  _choose(score.CONDITIONINGS, config.model.conditioning, 'model.conditioning')
+  known = {f.name for f in dataclasses.fields(models.create(name))}
+  if 'centered' in known:
+    fields['centered'] = config.data.centered
+  return models.create(name, **fields)
+
+
+def image_shape(config, batch_size):
+  """[B, H, W, C] of the config's images."""
+  size = config.data.image_size
+  return batch_size, size, size, config.data.num_channels
+
+
+def init_params(config, rng):
+  """Freshly drawn parameters; compiled quickly, since it runs once."""
+  network = make_network(config)
+  x, cond = jnp.zeros(image_shape(config, 1)), jnp.ones(1)
+  init = jax.jit(
+    lambda rng: network.init(rng, x, cond, train=False)['params'],
+    compiler_options={'xla_backend_optimization_level': 0},
+  )
+  return init(rng)
+
+
+def make_score_fn(config, params, *, continuous=False, dropout_rng=None):
+  """score_fn(x, t) of a network with the given parameters.
+
+  Args:
+    config: a ConfigDict.
+    params: the network's parameters.
+    continuous: view a discretely trained network as one of the continuous
+      process, as ODEs and likelihoods need it: sigma is then the process's.
+    dropout_rng: key, in training; None in evaluation.
+  """
+  network, sde = make_network(config), make_sde(config)
+  conditioning = config.model.conditioning
+  if continuous and conditioning == 'ddpm_label':
+    sde, conditioning = sde.continuous, 'time'
+
+  def net(x, cond):
+    rngs = None if dropout_rng is None else {'dropout': dropout_rng}
+    return network.apply(
+      {'params': params}, x, cond, train=rngs is not None, rngs=rngs
+    )
+
+  return score.make_score_fn(net, sde, conditioning)
+
+
+def make_loss_fn(config, *, train):
+  """loss_fn(params, rng, image) -> [B], for uint8 images [B, H, W, C].
+
+  Flips, dequantisation, times, noise and dropout all come from rng.
+  """
+  sde, data, training = make_sde(config), config.data, config.training
+  _choose(losses.TIMES, training.times, 'training.times')
+  _choose(losses.WEIGHTINGS, training.weighting, 'training.weighting')
+  _choose(losses.REDUCTIONS, training.reduction, 'training.reduction')
+
+  def loss_fn(params, rng, image):
+    rng_data, rng_loss, rng_dropout = jax.random.split(rng, 3)
+    x0 = datasets.preprocess(
+      rng_data,
+      image,
+      random_flip=train and data.random_flip,
+      uniform_dequantization=data.uniform_dequantization,
+      centered=data.centered,
+    )
+    score_fn = make_score_fn(
+      config, params, dropout_rng=rng_dropout if train else None
+    )
+    return losses.score_matching(
+      rng_loss,
+      score_fn,
+      sde,
+      x0,
+      times=training.times,
+      weighting=training.weighting,
+      reduction=training.reduction,
+      eps=training.eps,
+    )
+
+  return loss_fn
+
+
+def make_optimizer(config):
+  return losses.make_optimizer(**config.optim)
+
+
+def make_sampler(config, batch_size):
+  """sample(params, rng) -> (images, nfe, success).
+
+  images are [B, H, W, C] in [0, 1] but for samples that fall outside it.
+  """
+  sde, options = make_sde(config), config.sampling
+  shape = image_shape(config, batch_size)
+  if options.method not in ('pc', 'ode'):
+    raise ValueError(
+      f"config.sampling.method={options.method!r} is neither 'pc' nor 'ode'."
+    )
+  predictor = _choose(
+    sampling.PREDICTORS, options.predictor, 'sampling.predictor'
+  )
+  corrector = _choose(
+    sampling.CORRECTORS, options.corrector, 'sampling.corrector'
+  )
+  if options.predictor in ('euler_maruyama', 'reverse_diffusion'):
+    predictor = functools.partial(
+      predictor, probability_flow=options.probability_flow
+    )
+  elif options.probability_flow:
+    raise ValueError(
+      f'config.sampling.predictor={options.predictor!r} has no '
+      "probability_flow: use 'euler_maruyama' or 'reverse_diffusion'."
+    )
+  if options.predictor == 'ancestral':
+    predictor = functools.partial(
+      predictor, variance=options.ancestral_variance
+    )
+  if options.corrector != 'none':
+    corrector = functools.partial(corrector, snr=options.snr)
+
+  def sample(params, rng):
+    if options.method == 'ode':
+      samples, success = sampling.ode_sample(
+        rng,
+        make_score_fn(config, params, continuous=True),
+        sde.continuous,
+        shape,
+        eps=options.eps,
+        rtol=options.rtol,
+        atol=options.atol,
+        final_denoise=options.final_denoise,
+      )
+    else:
+      samples = sampling.pc_sample(
+        rng,
+        make_score_fn(config, params),
+        sde,
+        shape,
+        predictor=predictor,
+        corrector=corrector,
+        num_steps=options.num_steps,
+        eps=options.eps,
+        corrector_steps=options.corrector_steps,
+        final_denoise=options.final_denoise,
+      )
+      success = jnp.asarray(True)
+    images = datasets.inverse_scaler(samples.x, centered=config.data.centered)
+    return images, samples.nfe, success
+
+  return sample
+
+
+def make_bits_per_dim(config):
+  """bits_per_dim(params, rng, image) -> ([B], nfe, success).
+
+  For uint8 images, dequantised uniformly: the bits/dim of the 8-bit data are
+  bounded from above by those of the density over [0, 256) (Theis et al. 2016).
+  """
+  sde, data = make_sde(config).continuous, config.data
+
+  def bits_per_dim(params, rng, image):
+    rng_data, rng_probe = jax.random.split(rng)
+    x = datasets.preprocess(
+      rng_data,
+      image,
+      random_flip=False,
+      uniform_dequantization=True,
+      centered=data.centered,
+    )
+    result = likelihood.log_likelihood(
+      make_score_fn(config, params, continuous=True),
+      sde,
+      x,
+      likelihood.rademacher(rng_probe, x.shape),
+      eps=config.eval.bpd_eps,
+      rtol=config.sampling.rtol,
+      atol=config.sampling.atol,
+    )
+    bits = likelihood.bits_per_dim(
+      result.logp, x[0].size, data_width=2 if data.centered else 1
+    )
+    return bits, result.nfe, result.success
+
+  return bits_per_dim
+
+
+def check(config):
+  """Raises a ValueError, with the mend, for a config that cannot run."""
+  make_score_fn(config, None)
+  make_loss_fn(config, train=True)
+  make_sampler(config, 1)
+  training = config.training
+  if training.grad_accumulation < 1 or training.n_jitted_steps < 1:
+    raise ValueError(
+      'config.training.grad_accumulation and n_jitted_steps must be at least 1.'
+    )
+  if training.batch_size % training.grad_accumulation:
+    raise ValueError(
+      f'config.training.batch_size={training.batch_size} does not divide by '
+      f'grad_accumulation={training.grad_accumulation}.'
+    )
+  for key in ('log_freq', 'eval_freq', 'checkpoint_freq', 'snapshot_freq'):
+    if training[key] % training.n_jitted_steps:
+      raise ValueError(
+        f'config.training.{key}={training[key]} is not a multiple of '
+        f'n_jitted_steps={training.n_jitted_steps}.'
+      )
