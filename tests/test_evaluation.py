@@ -1,0 +1,264 @@
+"""Metrics against closed forms, and against torch-fidelity 0.4.0."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+import evaluation
+from evaluation import Moments
+
+
+def moments_of(features):
+  moments = Moments()
+  moments.update(features)
+  return moments
+
+
+def random_covariance(rng, dims, rank):
+  factor = rng.standard_normal((dims, rank))
+  return factor @ factor.T / rank
+
+
+# --- Frechet distance ---------------------------------------------------------
+
+
+def test_frechet_distance_of_commuting_gaussians():
+  """With a common eigenbasis, tr (S1 S2)^(1/2) = sum sqrt(l1 l2)."""
+  rng = np.random.default_rng(0)
+  basis, _ = np.linalg.qr(rng.standard_normal((20, 20)))
+  l1, l2 = rng.gamma(1, size=(2, 20))
+  mu1, mu2 = rng.standard_normal((2, 20))
+  got = evaluation.frechet_distance(
+    mu1, basis * l1 @ basis.T, mu2, basis * l2 @ basis.T
+  )
+  want = ((mu1 - mu2) ** 2).sum() + ((np.sqrt(l1) - np.sqrt(l2)) ** 2).sum()
+  assert got == pytest.approx(want, rel=1e-10)
+
+
+def test_frechet_distance_of_pairs_in_general():
+  """For 2x2, tr sqrt(A) = sqrt(tr A + 2 sqrt(det A)) gives a closed form."""
+  rng = np.random.default_rng(1)
+  s1, s2 = random_covariance(rng, 2, 3), random_covariance(rng, 2, 3)
+  product = s1 @ s2
+  root = np.sqrt(np.trace(product) + 2 * np.sqrt(np.linalg.det(product)))
+  zero = np.zeros(2)
+  got = evaluation.frechet_distance(zero, s1, zero, s2)
+  assert got == pytest.approx(np.trace(s1 + s2) - 2 * root, rel=1e-10)
+  assert got == pytest.approx(evaluation.frechet_distance(zero, s2, zero, s1))
+
+
+@pytest.mark.parametrize('rank', [0, 1, 7, 30])
+def test_frechet_distance_of_singular_covariances(rank):
+  """Fewer images than dimensions: a number, and 0 from itself."""
+  rng = np.random.default_rng(2)
+  mu = rng.standard_normal(30)
+  singular = random_covariance(rng, 30, rank) if rank else np.zeros((30, 30))
+  full = random_covariance(rng, 30, 60)
+  got = evaluation.frechet_distance(mu, singular, mu, full)
+  assert np.isfinite(got) and got > 0
+  itself = evaluation.frechet_distance(mu, singular, mu, singular)
+  assert itself == pytest.approx(0, abs=1e-6)
+
+
+def test_fid_of_gaussian_clouds():
+  """The distance of clouds tends to that of their Gaussians."""
+  rng = np.random.default_rng(3)
+  a = rng.standard_normal((100_000, 4))
+  b = 1.5 * rng.standard_normal((100_000, 4)) + 0.5
+  got = evaluation.fid(moments_of(a), moments_of(b))
+  assert got.value == pytest.approx(4 * (0.5**2 + 0.5**2), rel=0.01)
+  assert got.count == 100_000 and got.note == ''
+
+
+def test_fid_says_when_images_are_few():
+  features = np.random.default_rng(4).standard_normal((40, 20))
+  reference = moments_of(features)
+  with pytest.raises(ValueError, match='20 images .* at least 21'):
+    evaluation.fid(moments_of(features[:20]), reference)
+  with pytest.warns(UserWarning, match='biased upwards'):
+    got = evaluation.fid(moments_of(features[:20]), reference, allow_few=True)
+  assert got.count == 20 and np.isfinite(got.value)
+  with pytest.warns(UserWarning):
+    got = evaluation.fid(reference, reference)
+  assert '40 images' in got.note
+  with pytest.raises(ValueError, match='19 features'):
+    evaluation.fid(moments_of(features[:, :19]), reference)
+
+
+# --- Moments ------------------------------------------------------------------
+
+
+def test_moments_equal_numpy_in_any_order_of_batches():
+  """Far from the origin too, where sums of squares would cancel."""
+  x = np.random.default_rng(5).standard_normal((100, 3)) + 1e6
+  batches = np.split(x, [1, 30, 30, 77])  # One is empty.
+  for order in itertools.islice(itertools.permutations(batches), 0, 120, 17):
+    left, right = Moments(), Moments()
+    for batch in order[:2]:
+      left.update(batch)
+    for batch in order[2:]:
+      right.update(batch)
+    left.merge(right)
+    assert left.count == 100
+    np.testing.assert_allclose(left.mu, x.mean(axis=0), rtol=1e-14)
+    np.testing.assert_allclose(left.sigma, np.cov(x.T), rtol=1e-7, atol=1e-9)
+
+
+def test_merging_leaves_the_other_alone():
+  x = np.random.default_rng(6).standard_normal((20, 3))
+  total, other = Moments(), moments_of(x)
+  total.merge(other)
+  total.update(x)
+  np.testing.assert_allclose(other.sigma, np.cov(x.T))
+  assert (total.count, other.count) == (40, 20)
+
+
+def test_moments_are_resumed_from_disk(tmp_path):
+  x = np.random.default_rng(7).standard_normal((20, 3))
+  moments = moments_of(x[:8])
+  moments.save(tmp_path / 'moments.npz')
+  Moments().save(tmp_path / 'empty.npz')
+  resumed = Moments.load(tmp_path / 'moments.npz')
+  resumed.update(x[8:])
+  np.testing.assert_allclose(resumed.sigma, np.cov(x.T))
+  empty = Moments.load(tmp_path / 'empty.npz')
+  empty.update(x)
+  np.testing.assert_allclose(empty.sigma, np.cov(x.T))
+  assert sorted(p.name for p in tmp_path.iterdir()) == [
+    'empty.npz',
+    'moments.npz',
+  ]
+
+
+def test_bad_features_and_files_are_refused(tmp_path):
+  moments = moments_of(np.ones((4, 3)))
+  with pytest.raises(ValueError, match='not finite'):
+    moments.update(np.full((2, 3), np.nan))
+  with pytest.raises(ValueError, match='do not mix'):
+    moments.update(np.ones((2, 4)))
+  with pytest.raises(ValueError, match=r'\[N, D\]'):
+    moments.update(np.ones(3))
+  assert moments.count == 4
+  with pytest.raises(ValueError, match='use more'):
+    _ = moments_of(np.ones((1, 3))).sigma
+  with pytest.raises(FileNotFoundError, match=r'absent\.npz'):
+    Moments.load(tmp_path / 'absent.npz')
+  (tmp_path / 'bad.npz').write_bytes(b'PK\x03\x04 cut')
+  with pytest.raises(ValueError, match=r'bad\.npz'):
+    Moments.load(tmp_path / 'bad.npz')
+  np.savez(tmp_path / 'other.npz', x=1)
+  with pytest.raises(ValueError, match='holds no moments'):
+    Moments.load(tmp_path / 'other.npz')
+
+
+# --- Equal to torch-fidelity on the same features and subsets -----------------
+
+
+@pytest.fixture(scope='module')
+def clouds():
+  rng = np.random.default_rng(0)
+  real = rng.gamma(2.0, 1.0, (400, 16))
+  fake = rng.gamma(2.2, 0.9, (400, 16))
+  return real, fake, 4 * rng.standard_normal((400, 20))
+
+
+@pytest.mark.filterwarnings('ignore:FID of')
+def test_fid_equals_torch_fidelity(clouds):
+  real, fake, _ = clouds
+  got = evaluation.fid(moments_of(fake), moments_of(real))
+  assert got.value == pytest.approx(0.9204768957620288, rel=1e-8)
+
+
+def test_kid_equals_torch_fidelity(clouds):
+  """A subset of everything is the same subset for all."""
+  real, fake, _ = clouds
+  got = evaluation.kid(real, fake, subsets=1, subset_size=400)
+  assert got.value == pytest.approx(0.22516885660365915, rel=1e-8)
+  assert got.std_error is None
+
+
+@pytest.mark.parametrize(
+  'splits, value, std',
+  [(1, 8.198115203941198, None), (10, 7.23849152861244, 0.5726296045499054)],
+)
+def test_inception_score_equals_torch_fidelity(clouds, splits, value, std):
+  got = evaluation.inception_score(clouds[2], splits=splits)
+  assert got.value == pytest.approx(value, rel=1e-10)
+  assert got.std == (std and pytest.approx(std, rel=1e-8))
+  assert got.count == 400
+
+
+def test_precision_and_recall_equal_torch_fidelity(clouds):
+  real, fake, _ = clouds
+  got = evaluation.precision_recall(real, fake)
+  assert got['precision'].value == pytest.approx(0.885)
+  assert got['recall'].value == pytest.approx(0.8075)
+
+
+# --- What metrics mean --------------------------------------------------------
+
+
+def test_kid_is_unbiased_and_knows_its_error():
+  """About 0 for one distribution, above it for two; seeded."""
+  rng = np.random.default_rng(8)
+  a, b = rng.standard_normal((2, 1000, 8))
+  same = evaluation.kid(a, b, subsets=50, subset_size=100)
+  assert abs(same.value) < 5 * same.std_error < 0.1
+  assert same.std_error == pytest.approx(same.std / 7)  # sqrt(50 - 1)
+  far = evaluation.kid(a, b + 0.5, subsets=50, subset_size=100)
+  assert far.value > 20 * far.std_error
+  assert same == evaluation.kid(a, b, subsets=50, subset_size=100)
+  assert same != evaluation.kid(a, b, subsets=50, subset_size=100, seed=1)
+  with pytest.raises(ValueError, match='1000 real and 99'):
+    evaluation.kid(a, b[:99], subset_size=100)
+
+
+def test_inception_score_of_certain_and_clueless_classifiers():
+  """Certain and balanced: the number of classes; clueless: 1."""
+  certain = 1e3 * np.eye(8)[np.arange(80) % 8]
+  assert evaluation.inception_score(certain, splits=1).value == pytest.approx(8)
+  clueless = np.ones((80, 8))
+  assert evaluation.inception_score(clueless).value == pytest.approx(1)
+  missing = evaluation.inception_score(None)
+  assert missing.value is None and 'pool_3' in missing.note
+  with pytest.raises(ValueError, match='split'):
+    evaluation.inception_score(certain[:5])
+
+
+def test_neighbours_against_all_pairs():
+  """Blocks of any size give what the definitions do."""
+  rng = np.random.default_rng(9)
+  real, fake = rng.standard_normal((50, 3)), rng.standard_normal((40, 3)) + 0.7
+  distances = lambda x, y: np.linalg.norm(x[:, None] - y[None], axis=-1)
+  radius = lambda x, k: np.sort(distances(x, x), axis=1)[:, k]
+  inside = distances(fake, real) <= radius(real, 3)
+  got = evaluation.precision_recall(real, fake)
+  assert got['precision'].value == pytest.approx(inside.any(axis=1).mean())
+  recalled = distances(real, fake) <= radius(fake, 3)
+  assert got['recall'].value == pytest.approx(recalled.any(axis=1).mean())
+  inside = distances(fake, real) <= radius(real, 5)
+  got = evaluation.density_coverage(real, fake)
+  assert got['density'].value == pytest.approx(inside.sum() / (5 * 40))
+  assert got['coverage'].value == pytest.approx(inside.any(axis=0).mean())
+  blocks = evaluation._squared_distances(fake, real, block=7)
+  np.testing.assert_allclose(
+    np.concatenate(list(blocks)), distances(fake, real) ** 2, atol=1e-12
+  )
+  with pytest.raises(ValueError, match='3-th'):
+    evaluation.precision_recall(real[:3], fake)
+
+
+def test_neighbours_of_modes():
+  """Samples of one of two modes: precise, but half is not recalled."""
+  rng = np.random.default_rng(10)
+  real = (
+    rng.standard_normal((400, 2)) + [[9, 0]] * (np.arange(400) % 2)[:, None]
+  )
+  fake = rng.standard_normal((400, 2))
+  got = evaluation.precision_recall(real, fake)
+  got |= evaluation.density_coverage(real, fake)
+  assert got['precision'].value > 0.9 and got['density'].value > 0.8
+  assert 0.4 < got['recall'].value < 0.55
+  assert 0.3 < got['coverage'].value < 0.55
+  assert 0 < got['recall'].std_error < 0.03
