@@ -1,11 +1,12 @@
 """What every configuration is made of: one base and presets composed over it.
 
 A file of `configs/` is `compose(dataset preset, SDE preset, network preset)`
-and whatever else differs. Hyper-parameters are those of Song et al. 2021, App. H,
-unless a line says otherwise.
+and whatever else differs. Hyper-parameters are those of Song et al. 2021,
+App. H, unless a line says otherwise.
 """
 
 import difflib
+import functools
 
 import ml_collections
 
@@ -127,6 +128,13 @@ def discrete(config):
 
 # ----------------------------------------------------------------- networks
 
+_ALL = {
+  'nf': 128,
+  'dtype': 'float32',  # or 'bfloat16', for convolutions and products
+  'remat': False,  # recompute blocks in the backward pass
+}
+_UNET = {**_ALL, 'ch_mult': (1, 2, 2, 2), 'attn_resolutions': (16,)}
+
 
 def ncsnpp(config):
   """NCSN++: FIR resampling and a residual input pyramid.
@@ -138,10 +146,8 @@ def ncsnpp(config):
     'name': 'ncsnpp',
     'conditioning': 'sigma' if fourier else 'time',
     'embedding_type': 'fourier' if fourier else 'positional',
-    'nf': 128,
-    'ch_mult': (1, 2, 2, 2),
+    **_UNET,
     'num_res_blocks': 4,
-    'attn_resolutions': (16,),
     'dropout': 0.1,
     'resblock_type': 'biggan',
     'fir': True,
@@ -151,8 +157,6 @@ def ncsnpp(config):
     'fourier_scale': 16.0,
     'init_scale': 0.0,
     'skip_rescale': True,
-    'dtype': 'float32',  # or 'bfloat16', for convolutions and products
-    'remat': False,  # recompute blocks in the backward pass
   }
 
 
@@ -168,11 +172,107 @@ def deep(config):
   config.training.n_iters = 950_001
 
 
+def ncsnpp_256(config):
+  """NCSN++ for 256 pixels: image pyramids at input and output."""
+  ncsnpp(config)
+  config.model.update(ch_mult=(1, 1, 2, 2, 2, 2, 2), num_res_blocks=2)
+  config.model.update(progressive='output_skip', progressive_input='input_skip')
+  config.model.dropout = 0.0
+  config.sampling.num_steps = 2000
+
+
+def ncsnpp_1024(config):
+  """NCSN++ for 1024 pixels."""
+  ncsnpp_256(config)
+  config.model.update(nf=16, num_res_blocks=1)
+  config.model.ch_mult = (1, 2, 4, 8, 16, 32, 32, 32)
+  config.training.ema_rate = 0.9999
+
+
+def ddpm(config):
+  """DDPM (Ho et al. 2020)."""
+  config.model = {
+    'name': 'ddpm',
+    'conditioning': 'time',
+    **_UNET,
+    'num_res_blocks': 2,
+    'dropout': 0.1,
+    'conditional': True,  # whether it is told the noise level
+  }
+
+
+def ddpm_256(config):
+  """DDPM for 256 pixels."""
+  ddpm(config)
+  config.model.update(ch_mult=(1, 1, 2, 2, 4, 4), dropout=0.0)
+  config.optim.lr = 2e-5
+
+
+def ncsnv2(config):
+  """NCSNv2 (Song & Ermon 2020); to be followed by `annealed`."""
+  config.model = {'name': 'ncsnv2', 'conditioning': 'smld_label', **_ALL}
+  config.model.nonlinearity = 'elu'
+  config.training.times = 'grid'
+  config.optim.update(lr=1e-4, warmup=0, grad_clip=0.0)
+
+
+def ncsnv2_128(config):
+  """NCSNv2 for 128 pixels."""
+  ncsnv2(config)
+  config.model.name = 'ncsnv2_128'
+  config.data.image_size = config.training.batch_size = 128
+  config.training.ema_rate = 0.9999
+
+
+def ncsn(config):
+  """NCSN (Song & Ermon 2019); to be followed by `annealed`."""
+  ncsnv2(config)
+  config.model.update(name='ncsn', num_classes=0)
+  config.optim.lr = 1e-3
+  config.sampling.final_denoise = False  # a discovery of the year after
+
+
+def annealed(num_scales, *, snr, steps):
+  """A preset: annealed Langevin dynamics, `steps` at each noise level."""
+
+  def preset(config):
+    config.sde.num_scales = num_scales
+    if 'num_classes' in config.model:
+      config.model.num_classes = num_scales
+    config.sampling.update(predictor='none', corrector='annealed_langevin')
+    config.sampling.update(num_steps=num_scales, corrector_steps=steps, snr=snr)
+
+  return preset
+
+
 # ----------------------------------------------------------------- datasets
 
 
 def cifar10(config):
   config.data.update(dataset='cifar10', image_size=32)
+
+
+def celeba(config):
+  config.data.update(dataset='celeba', image_size=64)
+  config.sampling.snr = 0.17
+
+
+def _large(config, dataset, size, batch_size, snr):
+  config.data.update(dataset=dataset, image_size=size)
+  config.training.update(batch_size=batch_size, n_iters=2_400_001)
+  config.training.checkpoint_freq = 5000
+  config.sampling.snr = snr
+  config.eval.batch_size = 8 * batch_size
+
+
+_256 = functools.partial(_large, size=256, batch_size=64, snr=0.075)
+_1024 = functools.partial(_large, size=1024, batch_size=8, snr=0.15)
+bedroom = functools.partial(_256, dataset='lsun/bedroom')
+church = functools.partial(_256, dataset='lsun/church_outdoor')
+celebahq_256 = functools.partial(_256, dataset='celeba_hq')
+celebahq_1024 = functools.partial(_1024, dataset='celeba_hq')
+ffhq_256 = functools.partial(_256, dataset='ffhq')
+ffhq_1024 = functools.partial(_1024, dataset='ffhq')
 
 
 # -------------------------------------------------------------- composition

@@ -1,0 +1,36 @@
+"""Handwritten digits on two CPU cores in about five minutes: `make quickstart`.
+
+python main.py --mode train --workdir W --config configs/quickstart.py
+"""
+
+from configs.base import compose, ddpmpp, vp
+
+
+def get_config():
+  return compose(
+    vp,
+    ddpmpp,
+    {
+      'data.dataset': 'digits',
+      'data.image_size': 8,
+      'data.num_channels': 1,
+      'data.random_flip': False,
+      'model.nf': 32,
+      'model.ch_mult': (1, 2),
+      'model.num_res_blocks': 1,
+      'model.attn_resolutions': (4,),
+      'training.n_iters': 3000,
+      'training.n_jitted_steps': 50,
+      'training.eval_freq': 500,
+      'training.checkpoint_freq': 500,
+      'training.snapshot_freq': 1000,
+      'training.ema_rate': 0.995,
+      'optim.lr': 1e-3,
+      'optim.warmup': 200,
+      'sampling.num_steps': 250,
+      'eval.num_samples': 1000,
+      'eval.enable_bpd': True,
+      'eval.bpd_repeats': 1,
+      'eval.allow_few_samples': True,
+    },
+  )

@@ -1,0 +1,17 @@
+r"""NCSN, CelebA at 64 pixels.
+
+python main.py --mode train --workdir W \
+  --config configs/ve/ncsn/celeba.py
+"""
+
+from configs.base import annealed, celeba, compose, ncsn, ve
+
+
+def get_config():
+  return compose(
+    celeba,
+    ve,
+    ncsn,
+    annealed(10, snr=0.316, steps=100),
+    {'sde.sigma_max': 1.0, 'training.ema_rate': 0.0},
+  )
