@@ -3,7 +3,7 @@
 This is also the API for a notebook:
 
     config = experiment.load_config('configs/quickstart.py')
-    params = checkpoints.restore_ema(workdir)
+    params = checkpoints.restore_ema(workdir, experiment.abstract_params(config))
     sample = jax.jit(experiment.make_sampler(config, batch_size=16))
     images, nfe, success = sample(params, jax.random.key(0))
 """
@@ -66,15 +66,21 @@ def image_shape(config, batch_size):
   return batch_size, size, size, config.data.num_channels
 
 
-def init_params(config, rng):
-  """Freshly drawn parameters; compiled quickly, since it runs once."""
+def _init(config):
   network = make_network(config)
   x, cond = jnp.zeros(image_shape(config, 1)), jnp.ones(1)
-  init = jax.jit(
-    lambda rng: network.init(rng, x, cond, train=False)['params'],
-    compiler_options={'xla_backend_optimization_level': 0},
-  )
-  return init(rng)
+  return lambda rng: network.init(rng, x, cond, train=False)['params']
+
+
+def abstract_params(config):
+  """Shapes and dtypes of the parameters, as a pytree."""
+  return jax.eval_shape(_init(config), jax.random.key(0))
+
+
+def init_params(config, rng):
+  """Freshly drawn parameters; compiled quickly, since it runs once."""
+  quick = {'xla_backend_optimization_level': 0}
+  return jax.jit(_init(config), compiler_options=quick)(rng)
 
 
 def make_score_fn(config, params, *, continuous=False, dropout_rng=None):

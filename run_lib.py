@@ -1,0 +1,409 @@
+"""Training and sampling over all devices of all hosts.
+
+One program runs on every host; arrays are global. The state is replicated, the
+batch is split along the only axis of the mesh, and `jax.jit` puts in the
+communication: means over the batch are means over all devices' examples, and
+random numbers do not depend on the number of devices.
+"""
+
+import math
+import pathlib
+import signal
+import time
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import checkpoints
+import datasets
+import experiment
+import losses
+import reporting
+
+# Images of the test set whose loss is logged in training, with fixed noise.
+EVAL_IMAGES = 1024
+
+
+class TrainState(typing.NamedTuple):
+  """All that changes in training. step counts the steps taken."""
+
+  step: jax.Array
+  params: typing.Any
+  opt_state: typing.Any
+  ema: typing.Any
+
+
+class Layout(typing.NamedTuple):
+  """Where arrays live."""
+
+  replicated: NamedSharding  # The same on every device.
+  split: NamedSharding  # Axis 0 split: [B, ...].
+  one_step: NamedSharding  # Axis 1 split: [parts, B, ...].
+  microbatches: NamedSharding  # Axis 2 split: [steps, parts, B, ...].
+
+
+def make_layout():
+  """The 1-D mesh of all devices of all hosts, and the shardings over it."""
+  mesh = jax.make_mesh((jax.device_count(),), ('data',), (AxisType.Auto,))
+  return Layout(
+    NamedSharding(mesh, P()),
+    NamedSharding(mesh, P('data')),
+    NamedSharding(mesh, P(None, 'data')),
+    NamedSharding(mesh, P(None, None, 'data')),
+  )
+
+
+def check_divisible(batch_size, key):
+  """Raises a ValueError unless the batch divides by the devices."""
+  devices = jax.device_count()
+  if batch_size % devices:
+    better = math.ceil(batch_size / devices) * devices
+    raise ValueError(
+      f'{key}={batch_size} does not divide by the {devices} devices: '
+      f'use {better}, say.'
+    )
+
+
+def to_global(sharding, local):
+  """The global array of which this host holds `local` (numpy)."""
+  return jax.make_array_from_process_local_data(sharding, local)
+
+
+# ---------------------------------------------------------------- training
+
+
+def make_init(config, layout):
+  """init() -> TrainState on the devices, replicated."""
+  optimizer = experiment.make_optimizer(config)
+
+  def init(params):
+    zeros = jnp.zeros((), jnp.int32)
+    ema = jax.tree.map(jnp.copy, params)
+    return TrainState(zeros, params, optimizer.init(params), ema)
+
+  def place():
+    params = experiment.init_params(config, jax.random.key(config.seed))
+    # Made on the devices by jit: device_put may alias, and aliases of a
+    # donated buffer would be deleted with it.
+    return jax.jit(init, out_shardings=layout.replicated)(params)
+
+  return init, place
+
+
+def make_train_steps(config, layout):
+  """train_steps(state, images) -> (state, losses [n]).
+
+  Takes n steps in one compiled call on images [n, parts, B / parts, H, W, C],
+  uint8, n of them as there are. What is random at a step is a function of seed
+  and step alone. The state is donated: pass each one once.
+  """
+  loss_fn = experiment.make_loss_fn(config, train=True)
+  optimizer = experiment.make_optimizer(config)
+  training = config.training
+  base_rng = jax.random.key(config.seed)
+  # XLA's gradient of a convolution's kernel is some 30 times slower within a
+  # loop on CPUs: there the loops are Python's.
+  on_cpu = jax.default_backend() == 'cpu'
+
+  def mean_loss(params, rng, image):
+    return jnp.mean(loss_fn(params, rng, image))
+
+  def gradient(params, rng, images):
+    """Mean loss and gradient over the parts of a batch, one at a time."""
+    parts = images.shape[0]
+    if parts == 1:
+      return jax.value_and_grad(mean_loss)(params, rng, images[0])
+
+    def part(total, inputs):
+      i, image = inputs
+      key = jax.random.fold_in(rng, i)
+      value = jax.value_and_grad(mean_loss)(params, key, image)
+      return jax.tree.map(lambda a, b: a + b / parts, total, value), None
+
+    total = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
+    if on_cpu:
+      for i in range(parts):
+        total, _ = part(total, (i, images[i]))
+      return total
+    return jax.lax.scan(part, total, (jnp.arange(parts), images))[0]
+
+  def one_step(state, images):
+    rng = jax.random.fold_in(base_rng, state.step)
+    loss, grads = gradient(state.params, rng, images)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    step = state.step + 1
+    decay = losses.ema_decay(
+      step, rate=training.ema_rate, warmup=training.ema_warmup
+    )
+    ema = optax.incremental_update(params, state.ema, 1 - decay)
+    return TrainState(step, params, opt_state, ema), loss
+
+  def compiled(function, sharding):
+    return jax.jit(
+      function,
+      in_shardings=(layout.replicated, sharding),
+      out_shardings=layout.replicated,
+      donate_argnums=0,
+    )
+
+  if not on_cpu:
+    scan = lambda state, images: jax.lax.scan(one_step, state, images)
+    return compiled(scan, layout.microbatches)
+
+  call = compiled(one_step, layout.one_step)
+
+  def one_at_a_time(state, images):
+    step_losses = []
+    for i in range(len(images)):
+      state, loss = call(state, images[i])
+      step_losses.append(loss)
+    return state, jnp.stack(step_losses)
+
+  return one_at_a_time
+
+
+def make_eval_loss(config, layout):
+  """eval_loss(params, number, image, mask) -> (sum of losses, count).
+
+  The same noise for the same batch number, so checkpoints compare.
+  """
+  loss_fn = experiment.make_loss_fn(config, train=False)
+
+  def eval_loss(params, number, image, mask):
+    rng = jax.random.fold_in(jax.random.key(config.seed + 1), number)
+    value = loss_fn(params, rng, image)
+    return jnp.sum(value * mask), jnp.sum(mask)
+
+  return jax.jit(
+    eval_loss,
+    in_shardings=(layout.replicated, None, layout.split, layout.split),
+    out_shardings=layout.replicated,
+  )
+
+
+def eval_batches(dataset, batch_size, layout, start=0):
+  """Yields (number, image, mask), global, over a whole dataset."""
+  batches = datasets.eval_batches(
+    dataset,
+    batch_size=batch_size,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    start=start,
+  )
+  for number, batch in enumerate(batches, start):
+    image = to_global(layout.split, batch['image'])
+    yield number, image, to_global(layout.split, batch['mask'])
+
+
+def test_loss(eval_loss, params, dataset, batch_size, layout, limit=None):
+  """Mean loss per example over (at least `limit` images of) a dataset."""
+  total = count = 0.0
+  for number, image, mask in eval_batches(dataset, batch_size, layout):
+    part, n = eval_loss(params, number, image, mask)
+    total, count = total + float(part), count + float(n)
+    if limit and count >= limit:
+      break
+  return total / count
+
+
+def make_fetch(config, dataset):
+  """fetch(step) -> uint8 [n, parts, b, H, W, C]: this host's share of n steps."""
+  training = config.training
+  parts = training.grad_accumulation
+
+  def fetch(step):
+    n = min(training.n_jitted_steps, training.n_iters - step)
+    images = [
+      datasets.train_batch(
+        dataset,
+        number,
+        batch_size=training.batch_size // parts,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+      )['image']
+      for number in range(step * parts, (step + n) * parts)
+    ]
+    return np.stack(images).reshape(n, parts, *images[0].shape)
+
+  return fetch
+
+
+class _Interrupt:
+  """Turns the first SIGTERM into a flag, so that a run can save and stop."""
+
+  def __enter__(self):
+    self.requested = False
+    self._before = signal.signal(signal.SIGTERM, self._request)
+    return self
+
+  def _request(self, *_):
+    self.requested = True
+
+  def __exit__(self, *_):
+    signal.signal(signal.SIGTERM, self._before)
+
+
+def train(config, workdir):
+  """Trains, from the last checkpoint of workdir if there is one.
+
+  Writes there config.json, train.jsonl, tensorboard/, checkpoints/ and
+  samples/step_N.png. A run that is killed and started again gives the numbers
+  of one that was not.
+
+  Raises:
+    ValueError: the config, the data or the workdir cannot be used.
+    FloatingPointError: a loss is not finite; checkpoints stay as they are.
+  """
+  begun = time.monotonic()
+  training, workdir = config.training, pathlib.Path(workdir)
+  experiment.check(config)
+  check_divisible(
+    training.batch_size // training.grad_accumulation,
+    'config.training.batch_size (divided by grad_accumulation)',
+  )
+  train_set = datasets.load(config.data, 'train')
+  test_set = datasets.load(config.data, 'test')
+  checkpoints.claim_workdir(config, workdir)
+  layout = make_layout()
+  init, place = make_init(config, layout)
+
+  with (
+    checkpoints.Checkpoints(
+      workdir, keep_every=training.snapshot_freq
+    ) as saved,
+    _Interrupt() as interrupt,
+  ):
+    start = saved.last
+    if start is None:
+      state, start = place(), 0
+    else:
+      like = jax.eval_shape(init, experiment.abstract_params(config))
+      like = jax.tree.map(
+        lambda v: jax.ShapeDtypeStruct(
+          v.shape, v.dtype, sharding=layout.replicated
+        ),
+        like,
+      )
+      ema = saved.restore(start, like.ema, 'ema')
+      state = TrainState(
+        **saved.restore(start, _without_ema(like), 'state'), ema=ema
+      )
+      reporting.say(f'Resuming at step {start}.')
+    if start >= training.n_iters:
+      reporting.say(f'Nothing to do: {start} of {training.n_iters} steps done.')
+      return
+
+    train_steps = make_train_steps(config, layout)
+    eval_loss = make_eval_loss(config, layout)
+    sample = make_sample(config, layout, _grid_size())
+    num_params = sum(v.size for v in jax.tree.leaves(state.params))
+    reporting.say(
+      f'{config.model.name}, {num_params / 1e6:.2f}M parameters, '
+      f'{jax.device_count()} {jax.devices()[0].platform} device(s), '
+      f'{len(train_set)} images of {train_set.name}; compiling.'
+    )
+
+    def measure():
+      return test_loss(
+        eval_loss,
+        state.ema,
+        test_set,
+        training.batch_size,
+        layout,
+        limit=EVAL_IMAGES,
+      )
+
+    progress = reporting.Progress(
+      'step', training.n_iters, 'steps', start=start
+    )
+    fetched = datasets.prefetch(
+      make_fetch(config, train_set),
+      range(start, training.n_iters, training.n_jitted_steps),
+    )
+    with reporting.Log(workdir, resumed_at=start) as log:
+      clock, clock_step = time.monotonic(), start
+      for before, images in fetched:
+        state, step_losses = train_steps(
+          state, to_global(layout.microbatches, images)
+        )
+        step = before + len(images)
+        # This waits for the device; the next batch is being fetched meanwhile.
+        step_losses = np.asarray(step_losses)
+        if not np.isfinite(step_losses).all():
+          bad = before + int(np.argmin(np.isfinite(step_losses))) + 1
+          raise FloatingPointError(
+            f'The loss at step {bad} is not finite. The last good checkpoint '
+            f'is {saved.last}; a lower config.optim.lr may help.'
+          )
+        if before == start:
+          waited = time.monotonic() - begun
+          reporting.say(f'First step done after {waited:.1f} s.')
+          clock, clock_step = time.monotonic(), step
+
+        due = lambda freq, step=step: step % freq == 0
+        finished = step == training.n_iters or interrupt.requested
+        scalars = {}
+        if due(training.log_freq):
+          now = time.monotonic()
+          taken = (step - clock_step) * training.batch_size
+          scalars['loss'] = step_losses.mean()
+          if taken:
+            scalars['images_per_second'] = taken / (now - clock)
+          clock, clock_step = now, step
+        saving = due(training.checkpoint_freq) or due(training.snapshot_freq)
+        if due(training.eval_freq) or saving or finished:
+          scalars['test_loss'] = measure()
+        if scalars:
+          log.write(step, **scalars)
+          note = ' '.join(f'{k} {v:.4g}' for k, v in scalars.items())
+          progress(step, note)
+        if saving or finished:
+          saved.save(
+            step, _without_ema(state), state.ema, loss=scalars['test_loss']
+          )
+        if training.snapshot_sampling and (
+          due(training.snapshot_freq) or finished
+        ):
+          images, _, _ = sample(state.ema, jax.random.key(config.seed))
+          if jax.process_index() == 0:
+            path = workdir / 'samples' / f'step_{step}.png'
+            reporting.save_grid(path, _uint8(config, images))
+            reporting.say(f'Samples are in {path}.')
+        if interrupt.requested:
+          reporting.say(f'Stopped by SIGTERM; step {step} is saved.')
+          break
+      saved.wait()
+
+
+def _without_ema(state):
+  return {k: v for k, v in state._asdict().items() if k != 'ema'}
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def _grid_size():
+  """About 64 samples, as many on every device."""
+  return math.ceil(64 / jax.device_count()) * jax.device_count()
+
+
+def make_sample(config, layout, batch_size):
+  """sample(params, rng) -> (images [B, H, W, C] on every host, nfe, success)."""
+  sample = experiment.make_sampler(config, batch_size)
+  return jax.jit(
+    sample,
+    in_shardings=(layout.replicated, None),
+    out_shardings=layout.replicated,
+  )
+
+
+def _uint8(config, images):
+  images = np.asarray(images)
+  return datasets.to_uint8(images, config.sampling.rounding)
