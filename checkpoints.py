@@ -16,7 +16,8 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-logging.set_verbosity(logging.WARNING)
+# Orbax warns of every checkpoint that is opened for reading.
+logging.set_verbosity(logging.ERROR)
 
 
 def write_text(path, text):
@@ -40,8 +41,13 @@ def _differences(new, old, prefix=''):
 _FIXED = ('data', 'sde', 'model')
 
 
-def claim_workdir(config, workdir):
+def claim_workdir(config, workdir, *, write=True):
   """Makes workdir the one of this config, and keeps the config in it.
+
+  Args:
+    config: a ConfigDict.
+    workdir: of the run.
+    write: False to check only.
 
   Raises:
     ValueError: it belongs to a config with other data, process or network.
@@ -59,9 +65,15 @@ def claim_workdir(config, workdir):
           f'{workdir} belongs to a run with config.{key}={theirs!r}, not '
           f'{ours!r}: choose another --workdir, or that value.'
         )
-  if jax.process_index() == 0:
+  if write and jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(new, indent=1) + '\n')
+
+
+def _reason(error):
+  """The first line of an error, cut short: Orbax's are pages long."""
+  lines = str(error).strip().splitlines() or [type(error).__name__]
+  return lines[0][:160]
 
 
 class Checkpoints:
@@ -89,17 +101,22 @@ class Checkpoints:
         policy.BestN(get_metric_fn=best, reverse=True, n=1),
         policy.EveryNSteps(keep_every),
       ]
-    self._manager = ocp.CheckpointManager(
-      self._folder,
-      item_names=('state', 'ema'),
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=policy.AnyPreservationPolicy(keep),
-        best_fn=best,
-        best_mode='min',
-        read_only=read_only,
-        enable_async_checkpointing=not read_only,
-      ),
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=policy.AnyPreservationPolicy(keep),
+      best_fn=best,
+      best_mode='min',
+      read_only=read_only,
+      enable_async_checkpointing=not read_only,
     )
+    try:
+      self._manager = ocp.CheckpointManager(
+        self._folder, item_names=('state', 'ema'), options=options
+      )
+    except ValueError as error:  # A file of metrics is cut.
+      raise ValueError(
+        f'The checkpoints in {self._folder} cannot be read (one is damaged: '
+        f'move it away): {_reason(error)}'
+      ) from error
 
   def __enter__(self):
     return self
@@ -190,11 +207,10 @@ class Checkpoints:
     try:
       args = ocp.args.Composite(**{item: ocp.args.StandardRestore(like)})
       return self._manager.restore(step, args=args)[item]
-    except (ValueError, OSError, KeyError, TypeError) as error:
-      reason = str(error).strip().splitlines()
+    except Exception as error:  # The type that Orbax raises for a cut file.
       raise ValueError(
         f'Checkpoint {self._folder}/{step} cannot be read (damaged, or of '
-        f'another network): {reason[0] if reason else type(error).__name__}'
+        f'another network): {_reason(error)}'
       ) from error
 
 

@@ -97,10 +97,12 @@ def permutation(size, seed, epoch):
 
 
 def split_indices(size, split, num_test=None):
-  """Sorted indices of 'train' or 'test' where the source knows no split.
+  """Sorted indices of 'train', 'test' or 'all' where there is no split.
 
   A fixed random tenth of the images (or `num_test` of them) is the test set.
   """
+  if split == 'all':
+    return np.arange(size)
   if size < 2:
     raise ValueError('one image cannot be split into train and test: add more')
   num_test = num_test or max(1, size // 10)

@@ -3,7 +3,8 @@
 This is also the API for a notebook:
 
     config = experiment.load_config('configs/quickstart.py')
-    params = checkpoints.restore_ema(workdir, experiment.abstract_params(config))
+    like = experiment.abstract_params(config)
+    params = checkpoints.restore_ema(workdir, like)
     sample = jax.jit(experiment.make_sampler(config, batch_size=16))
     images, nfe, success = sample(params, jax.random.key(0))
 """

@@ -105,21 +105,67 @@ def save_grid(path, images, *, scale_to=512):
   """Writes uint8 images [N, H, W, C], C = 1, 3 or 4, as one nearly square PNG.
 
   Small images are enlarged by a whole factor, to a grid of about `scale_to`
-  pixels.
+  pixels; two white pixels part them.
   """
   from PIL import Image
 
   n, h, w, c = images.shape
   columns = int(np.ceil(np.sqrt(n)))
   rows = -(-n // columns)
-  grid = np.full((rows * columns, h, w, c), 255, np.uint8)
-  grid[:n] = images
-  grid = grid.reshape(rows, columns, h, w, c).swapaxes(1, 2)
-  grid = grid.reshape(rows * h, columns * w, c)
   factor = max(1, scale_to // (columns * w))
-  grid = grid.repeat(factor, axis=0).repeat(factor, axis=1)
+  h, w = h * factor + 2, w * factor + 2
+  grid = np.full((rows * columns, h, w, c), 255, np.uint8)
+  grid[:n, :-2, :-2] = images.repeat(factor, axis=1).repeat(factor, axis=2)
+  grid = grid.reshape(rows, columns, h, w, c).swapaxes(1, 2)
+  grid = grid.reshape(rows * h, columns * w, c)[:-2, :-2]
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   part = path.with_name(path.name + '.part')
   Image.fromarray(grid[..., 0] if c == 1 else grid).save(part, format='PNG')
+  os.replace(part, path)
+
+
+def save_curves(path, results, names):
+  """Plots metrics against step, and the FID against NFE, as one PNG.
+
+  Args:
+    path: of the picture.
+    results: dicts with 'step', and where measured 'nfe' and, by name, metrics
+      {'value', 'std_error', ..}.
+    names: of metrics, a panel each if any result has it.
+  """
+  import matplotlib
+
+  matplotlib.use('Agg')
+  from matplotlib import pyplot as plt
+
+  def points(x, name):
+    found = [
+      (r[x], r[name]['value'], r[name].get('std_error') or 0)
+      for r in results
+      if x in r and r.get(name, {}).get('value') is not None
+    ]
+    return sorted(found)
+
+  panels = [('step', name) for name in names if points('step', name)]
+  if points('nfe', 'fid'):
+    panels.append(('nfe', 'fid'))
+  if not panels:
+    return
+  columns = min(3, len(panels))
+  rows = -(-len(panels) // columns)
+  figure, axes = plt.subplots(
+    rows, columns, figsize=(4 * columns, 3 * rows), squeeze=False
+  )
+  for ax in axes.flat[len(panels) :]:
+    ax.remove()
+  for ax, (x, name) in zip(axes.flat, panels, strict=False):
+    at, value, error = zip(*points(x, name), strict=True)
+    ax.errorbar(at, value, yerr=error, marker='o', capsize=3)
+    ax.set(xlabel={'nfe': 'NFE'}.get(x, x), ylabel=name)
+    ax.grid(alpha=0.3)
+  figure.tight_layout()
+  part = pathlib.Path(path).with_name(pathlib.Path(path).name + '.part')
+  figure.savefig(part, format='png', dpi=100)
+  plt.close(figure)
   os.replace(part, path)

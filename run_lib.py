@@ -23,6 +23,7 @@ import checkpoints
 import datasets
 import experiment
 import losses
+import released
 import reporting
 
 # Images of the test set whose loss is logged in training, with fixed noise.
@@ -72,6 +73,16 @@ def check_divisible(batch_size, key):
 def to_global(sharding, local):
   """The global array of which this host holds `local` (numpy)."""
   return jax.make_array_from_process_local_data(sharding, local)
+
+
+def replicated(like, layout):
+  """Shapes and dtypes, to be restored onto every device."""
+  return jax.tree.map(
+    lambda v: jax.ShapeDtypeStruct(
+      v.shape, v.dtype, sharding=layout.replicated
+    ),
+    like,
+  )
 
 
 # ---------------------------------------------------------------- training
@@ -213,7 +224,7 @@ def test_loss(eval_loss, params, dataset, batch_size, layout, limit=None):
 
 
 def make_fetch(config, dataset):
-  """fetch(step) -> uint8 [n, parts, b, H, W, C]: this host's share of n steps."""
+  """fetch(step) -> uint8 [n, parts, b, H, W, C], this host's share."""
   training = config.training
   parts = training.grad_accumulation
 
@@ -285,12 +296,7 @@ def train(config, workdir):
       state, start = place(), 0
     else:
       like = jax.eval_shape(init, experiment.abstract_params(config))
-      like = jax.tree.map(
-        lambda v: jax.ShapeDtypeStruct(
-          v.shape, v.dtype, sharding=layout.replicated
-        ),
-        like,
-      )
+      like = replicated(like, layout)
       ema = saved.restore(start, like.ema, 'ema')
       state = TrainState(
         **saved.restore(start, _without_ema(like), 'state'), ema=ema
@@ -395,7 +401,7 @@ def _grid_size():
 
 
 def make_sample(config, layout, batch_size):
-  """sample(params, rng) -> (images [B, H, W, C] on every host, nfe, success)."""
+  """sample(params, rng) -> (images [B, ...] on every host, nfe, success)."""
   sample = experiment.make_sampler(config, batch_size)
   return jax.jit(
     sample,
@@ -407,3 +413,48 @@ def make_sample(config, layout, batch_size):
 def _uint8(config, images):
   images = np.asarray(images)
   return datasets.to_uint8(images, config.sampling.rounding)
+
+
+# ------------------------------------------------------- import and export
+
+
+def import_released(config, workdir, path):
+  """Makes a workdir of one of the paper's released checkpoints.
+
+  JAX (`checkpoint_N`), PyTorch (`*.pth`) or a safetensors file of `export`.
+  Training then goes on from it, with Adam's moments where the file has them.
+
+  Raises:
+    ValueError: the file is damaged or of another network; or workdir has
+      checkpoints already. Nothing is written then.
+  """
+  experiment.check(config)
+  if (pathlib.Path(workdir) / 'checkpoints').exists():
+    raise ValueError(f'{workdir} has checkpoints already: choose another.')
+  found = released.load(path, config)
+  optimizer = experiment.make_optimizer(config)
+  state = TrainState(
+    np.int32(found.step),
+    found.params,
+    released.optimizer_state(optimizer, found),
+    found.ema_params,
+  )
+  state = jax.tree.map(jnp.asarray, state)
+  checkpoints.claim_workdir(config, workdir)
+  with checkpoints.Checkpoints(workdir, keep_every=1) as saved:
+    saved.save(int(found.step), _without_ema(state), state.ema)
+    saved.wait()
+  reporting.say(f'{path} is checkpoint {found.step} of {workdir}.')
+
+
+def export(config, workdir, path):
+  """Writes averaged parameters as safetensors, the config in its metadata."""
+  if not path:
+    raise ValueError('--mode export needs --output FILE.safetensors.')
+  like = experiment.abstract_params(config)
+  which = config.eval.checkpoint
+  with checkpoints.Checkpoints(workdir) as saved:
+    step = saved.select(which)[-1]
+  ema = checkpoints.restore_ema(workdir, like, step)
+  released.export(path, config, ema, step=step)
+  reporting.say(f'Checkpoint {step} of {workdir} is in {path}.')

@@ -29,7 +29,7 @@ def base():
       'model': {},
       'training': {
         'batch_size': 128,  # of all devices together
-        'n_iters': 1_300_001,
+        'n_iters': 1_300_000,
         'times': 'uniform',  # losses.TIMES
         'weighting': 'variance',  # losses.WEIGHTINGS
         'reduction': 'mean',  # losses.REDUCTIONS
@@ -66,6 +66,7 @@ def base():
         'final_denoise': True,
         'rtol': 1e-5,
         'atol': 1e-5,
+        'num_samples': 64,  # of --mode sample
         'rounding': 'half_up',  # or 'truncate', as the paper's release
       },
       'eval': {
@@ -169,7 +170,7 @@ def ddpmpp(config):
 def deep(config):
   """Twice the residual blocks per resolution, 0.95M iterations."""
   config.model.num_res_blocks = 8
-  config.training.n_iters = 950_001
+  config.training.n_iters = 950_000
 
 
 def ncsnpp_256(config):
@@ -259,7 +260,7 @@ def celeba(config):
 
 def _large(config, dataset, size, batch_size, snr):
   config.data.update(dataset=dataset, image_size=size)
-  config.training.update(batch_size=batch_size, n_iters=2_400_001)
+  config.training.update(batch_size=batch_size, n_iters=2_400_000)
   config.training.checkpoint_freq = 5000
   config.sampling.snr = snr
   config.eval.batch_size = 8 * batch_size

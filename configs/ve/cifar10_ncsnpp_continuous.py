@@ -8,4 +8,4 @@ from configs.base import cifar10, compose, ncsnpp, ve
 
 
 def get_config():
-  return compose(cifar10, ve, ncsnpp, {'training.n_iters': 950_001})
+  return compose(cifar10, ve, ncsnpp, {'training.n_iters': 950_000})

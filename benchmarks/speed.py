@@ -1,0 +1,167 @@
+r"""Speed and memory of a config, in training and in sampling.
+
+  python -m benchmarks.speed --config configs/quickstart.py \
+    [--config.training.batch_size=256] [--steps 100] [--peak_tflops 989]
+
+Needs no data: images are zeros. Compilation is cold unless
+JAX_COMPILATION_CACHE_DIR names a folder of an earlier run. Prints a table and,
+last, the same as one line of JSON. One host; all of its devices.
+"""
+
+# ruff: noqa: E402 (imports are part of the time to the first step)
+import time
+
+BEGUN = time.perf_counter()
+
+import json
+import math
+import resource
+import sys
+
+import jax
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+import experiment
+import run_lib
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file('config', None, 'Configuration.')
+flags.DEFINE_integer('steps', 50, 'Training steps to time, at least.')
+flags.DEFINE_integer('sampling_steps', 50, 'Steps of the sampler to time.')
+flags.DEFINE_integer('sampling_batch', 64, 'Samples made at once.')
+flags.DEFINE_float(
+  'peak_tflops', None, 'Of one device, at model.dtype; gives the share used.'
+)
+flags.mark_flag_as_required('config')
+
+
+def peak_memory():
+  """(what, bytes): the most so far on one device; of the process, on CPUs."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  if 'peak_bytes_in_use' in stats:
+    return 'device', stats['peak_bytes_in_use']
+  unit = 1 if sys.platform == 'darwin' else 1024
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return 'process', unit * peak
+
+
+def training_flops(config, params, image):
+  """Operations of one step's loss and gradient, as XLA counts them.
+
+  Counted before optimisation and for one part of a batch at a time, since XLA
+  counts the body of a loop once.
+  """
+  loss_fn = experiment.make_loss_fn(config, train=True)
+  mean_loss = lambda params, rng, image: loss_fn(params, rng, image).mean()
+  lowered = jax.jit(jax.value_and_grad(mean_loss)).lower(
+    params, jax.random.key(0), image
+  )
+  cost = lowered.cost_analysis() or {}
+  return cost.get('flops', math.nan) * config.training.grad_accumulation
+
+
+def time_training(config, layout, steps):
+  """(results, averaged parameters) of at least `steps` steps."""
+  training = config.training
+  n, parts = training.n_jitted_steps, training.grad_accumulation
+  _, place = run_lib.make_init(config, layout)
+  state = place()
+  train_steps = run_lib.make_train_steps(config, layout)
+  image = np.zeros(
+    experiment.image_shape(config, training.batch_size // parts), np.uint8
+  )
+  images = run_lib.to_global(
+    layout.microbatches, np.broadcast_to(image, (n, parts, *image.shape))
+  )
+
+  state, losses = jax.block_until_ready(train_steps(state, images))
+  first_call = time.perf_counter() - BEGUN
+  if not np.isfinite(losses).all():
+    raise ValueError('The loss is not finite.')
+
+  start, calls = time.perf_counter(), math.ceil(steps / n)
+  for _ in range(calls):
+    state, losses = train_steps(state, images)
+  jax.block_until_ready(losses)
+  seconds = (time.perf_counter() - start) / (calls * n)
+
+  flops = training_flops(config, state.params, image)
+  results = {
+    # A compiled call takes n steps; the others of them are not start-up.
+    'seconds_to_first_step': first_call - (n - 1) * seconds,
+    'training_batch': training.batch_size,
+    'seconds_per_training_step': seconds,
+    'training_images_per_second': training.batch_size / seconds,
+    'training_tflops': flops / seconds / 1e12,
+  }
+  return results, state.ema
+
+
+def time_sampling(config, layout, params, batch_size, steps):
+  """Results of `steps` steps of the predictor-corrector sampler."""
+  num_steps = config.sampling.num_steps
+  steps = min(steps, num_steps)
+  with config.unlocked():
+    config.sampling.update(method='pc', num_steps=steps)
+  sample = run_lib.make_sample(config, layout, batch_size)
+
+  def seconds():
+    start = time.perf_counter()
+    jax.block_until_ready(sample(params, jax.random.key(0)))
+    return time.perf_counter() - start
+
+  first, second = seconds(), seconds()
+  return {
+    'seconds_to_compile_sampler': first - second,
+    'sampling_batch': batch_size,
+    'seconds_per_sampling_step': second / steps,
+    # Of whole samples, with the config's number of steps.
+    'samples_per_second': batch_size * steps / second / num_steps,
+  }
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f'Unknown argument {argv[1]!r}.')
+  # Without these, programs that compile quickly are not kept.
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+  jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+  config = FLAGS.config
+  try:
+    experiment.check(config)
+    run_lib.check_divisible(
+      config.training.batch_size // config.training.grad_accumulation,
+      'config.training.batch_size (divided by grad_accumulation)',
+    )
+    run_lib.check_divisible(FLAGS.sampling_batch, '--sampling_batch')
+    layout = run_lib.make_layout()
+    training, ema = time_training(config, layout, FLAGS.steps)
+    where, after_training = peak_memory()
+    sampling = time_sampling(
+      config, layout, ema, FLAGS.sampling_batch, FLAGS.sampling_steps
+    )
+  except ValueError as error:
+    sys.exit(f'error: {error}')
+
+  device = jax.devices()[0]
+  results = {
+    'devices': f'{jax.device_count()} x {device.device_kind}',
+    'jax': jax.__version__,
+    **training,
+    **sampling,
+    f'{where}_peak_mib_after_training': after_training / 2**20,
+    f'{where}_peak_mib': peak_memory()[1] / 2**20,
+  }
+  if FLAGS.peak_tflops:
+    peak = FLAGS.peak_tflops * jax.device_count()
+    results['share_of_peak_flops'] = training['training_tflops'] / peak
+  for name, value in results.items():
+    shown = f'{value:.4g}' if isinstance(value, float) else value
+    print(f'{name.replace("_", " "):34} {shown}')
+  print(json.dumps(results))
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,103 @@
+"""Progress lines, the log over a resumption, and pictures."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import reporting
+
+
+@pytest.mark.parametrize(
+  ('seconds', 'text'), [(0.9, '0:00:00'), (61, '0:01:01'), (36e4, '100:00:00')]
+)
+def test_duration(seconds, text):
+  assert reporting.duration(seconds) == text
+
+
+def test_progress(monkeypatch, capsys):
+  now = [100.0]
+  monkeypatch.setattr(reporting.time, 'monotonic', lambda: now[0])
+  progress = reporting.Progress('step', 50, 'steps', start=10, interval=5)
+  now[0] = 104.0
+  progress(11)  # Too early for a line.
+  now[0] = 110.0
+  progress(30, 'loss 0.5')
+  now[0] = 111.0
+  progress(50)  # The last one always comes.
+  assert capsys.readouterr().out.splitlines() == [
+    'step 30/50 loss 0.5 2 steps/s 0:00:10 left',
+    'step 50/50 3.64 steps/s 0:00:00 left',
+  ]
+
+
+def test_progress_without_progress(monkeypatch, capsys):
+  monkeypatch.setattr(reporting.time, 'monotonic', lambda: 0.0)
+  reporting.Progress('step', 50, 'steps', interval=0)(0)
+  assert capsys.readouterr().out == 'step 0/50 0 steps/s ? left\n'
+
+
+def read(workdir):
+  lines = (workdir / 'train.jsonl').read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def test_log_goes_on_where_the_checkpoint_was(tmp_path):
+  with reporting.Log(tmp_path, resumed_at=0) as log:
+    for step in (1, 2, 3):
+      log.write(step, loss=np.float32(step / 4))
+  with (tmp_path / 'train.jsonl').open('a') as file:
+    file.write('{"step": 4, "lo')  # Killed while writing.
+  with reporting.Log(tmp_path, resumed_at=2) as log:
+    log.write(3, loss=7, test_loss=8)
+  assert read(tmp_path) == [
+    {'step': 1, 'loss': 0.25},
+    {'step': 2, 'loss': 0.5},
+    {'step': 3, 'loss': 7.0, 'test_loss': 8.0},
+  ]
+  events = list((tmp_path / 'tensorboard').iterdir())
+  assert events and all('tfevents' in event.name for event in events)
+
+
+@pytest.mark.parametrize('channels', [1, 3, 4])
+def test_grid(tmp_path, channels):
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (5, 2, 3, channels), np.uint8)
+  path = tmp_path / 'new' / 'grid.png'
+  reporting.save_grid(path, images, scale_to=19)
+  with Image.open(path) as picture:
+    assert picture.mode == {1: 'L', 3: 'RGB', 4: 'RGBA'}[channels]
+    pixels = np.asarray(picture).reshape(8, 18, channels)
+  # Two rows of three, twice as large; the sixth place is white.
+  small = pixels[::2, ::2]
+  np.testing.assert_array_equal(small.repeat(2, 0).repeat(2, 1), pixels)
+  for i, image in enumerate([*images, np.full_like(images[0], 255)]):
+    row, column = divmod(i, 3)
+    place = small[2 * row : 2 * row + 2, 3 * column : 3 * column + 3]
+    np.testing.assert_array_equal(place, image)
+  assert [file.name for file in path.parent.iterdir()] == ['grid.png']
+
+
+def test_large_images_are_not_enlarged(tmp_path):
+  path = tmp_path / 'grid.png'
+  reporting.save_grid(path, np.zeros((4, 300, 300, 3), np.uint8))
+  with Image.open(path) as picture:
+    assert picture.size == (600, 600)
+
+
+def test_curves(tmp_path):
+  results = [
+    {'step': 1, 'nfe': 10, 'fid': {'value': 9.0, 'std_error': None}},
+    {'step': 2, 'loss': {'value': 0.5, 'std_error': 0.1}},
+  ]
+  path = tmp_path / 'curves.png'
+  reporting.save_curves(path, results, ['loss', 'bpd', 'fid'])
+  with Image.open(path) as picture:
+    # Panels of loss, FID, and FID against NFE.
+    assert picture.size == (1200, 300)
+
+
+def test_no_curves_of_nothing(tmp_path):
+  reporting.save_curves(tmp_path / 'curves.png', [{'step': 1}], ['fid'])
+  assert not any(tmp_path.iterdir())

@@ -1,0 +1,44 @@
+"""A run that takes seconds: NCSN++ of a few channels on handwritten digits.
+
+Also a config file: python main.py --config tests/tiny.py ...
+"""
+
+import pathlib
+
+from configs.base import compose, ncsnpp, ve
+
+
+# Where the tests' compiled programs are, for subprocesses too.
+CACHE = str(pathlib.Path(__file__).parents[1] / '.pytest_cache' / 'jax')
+
+
+def get_config(**overrides):
+  """The config; overrides are dotted keys with __ for the dot."""
+  changes = {key.replace('__', '.'): v for key, v in overrides.items()}
+  return compose(
+    ve,
+    ncsnpp,
+    {
+      'data.dataset': 'digits',
+      'data.image_size': 8,
+      'data.num_channels': 1,
+      'sde.sigma_max': 10.0,
+      'model.nf': 8,
+      'model.ch_mult': (1,),
+      'model.attn_resolutions': (),
+      'model.num_res_blocks': 1,
+      'training.batch_size': 8,
+      'training.n_iters': 8,
+      'training.n_jitted_steps': 1,
+      'training.log_freq': 1,
+      'training.eval_freq': 4,
+      'training.checkpoint_freq': 4,
+      'training.snapshot_freq': 1000,
+      'training.snapshot_sampling': False,
+      'training.ema_rate': 0.9,
+      'optim.lr': 1e-3,
+      'optim.warmup': 0,
+      'sampling.num_steps': 3,
+    },
+    changes,
+  )
