@@ -99,7 +99,7 @@ def permutation(size, seed, epoch):
 def split_indices(size, split, num_test=None):
   """Sorted indices of 'train', 'test' or 'all' where there is no split.
 
-  A fixed random tenth of the images (or `num_test` of them) is the test set.
+  A fixed random tenth of the images (or `num_test`) is the test set.
   """
   if split == 'all':
     return np.arange(size)

@@ -36,18 +36,22 @@ class FeatureExtractor:
     params: dict[str, Any],
     *,
     variant: str = 'tensorflow',
-    batch_size: int = 64,
+    batch_size: int | None = None,
   ):
     """Places the network.
 
     Args:
       params: of `inception_weights.load_weights`.
       variant: input convention, a key of `inception.VARIANTS`.
-      batch_size: images at a time, rounded up to fill all devices.
+      batch_size: images at a time, rounded up to fill all devices; None for
+        8 on a CPU, whose caches hold no more, else 128 a device.
     """
     inception.find_variant(variant)  # Fails here rather than at first use.
     self.variant = variant
     devices = jax.local_devices()
+    if batch_size is None:
+      on_cpu = devices[0].platform == 'cpu'
+      batch_size = 8 if on_cpu else 128 * len(devices)
     mesh = jax.make_mesh(
       (len(devices),), ('data',), (AxisType.Auto,), devices=devices
     )

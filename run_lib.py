@@ -247,18 +247,25 @@ def make_fetch(config, dataset):
 
 
 class _Interrupt:
-  """Turns the first SIGTERM into a flag, so that a run can save and stop."""
+  """Turns a SIGTERM into a flag, so that a run can save and stop.
+
+  Not on several hosts, which hear of it at different steps: there it kills, and
+  the run goes on from its last checkpoint.
+  """
 
   def __enter__(self):
     self.requested = False
-    self._before = signal.signal(signal.SIGTERM, self._request)
+    self._alone = jax.process_count() == 1
+    if self._alone:
+      self._before = signal.signal(signal.SIGTERM, self._request)
     return self
 
   def _request(self, *_):
     self.requested = True
 
   def __exit__(self, *_):
-    signal.signal(signal.SIGTERM, self._before)
+    if self._alone:
+      signal.signal(signal.SIGTERM, self._before)
 
 
 def train(config, workdir):

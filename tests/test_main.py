@@ -42,9 +42,9 @@ def call(monkeypatch, capsys):
     # Overrides are looked up there.
     monkeypatch.setattr(sys, 'argv', argv)
     flags.FLAGS.unparse_flags()
-    parse = getattr(main, 'parse_flags', app.parse_flags_with_usage)
     with pytest.raises(SystemExit) as stopped:
-      app.run(main.main, argv=argv, flags_parser=parse)
+      main.check_overrides(argv[1:])
+      app.run(main.main, argv=argv)
     assert stopped.value.code not in (0, None)
     if isinstance(stopped.value.code, str):
       return stopped.value.code
@@ -63,11 +63,14 @@ def test_train(trained):
   assert 'ncsnpp, 0.01M parameters, 1 cpu device(s), 1500 images' in printed
   assert 'step 2/2 loss ' in printed
   assert {path.name for path in workdir.iterdir()} >= {
-    'config.json', 'train.jsonl', 'tensorboard', 'checkpoints'
+    'config.json',
+    'train.jsonl',
+    'tensorboard',
+    'checkpoints',
   }
 
 
-def test_nothing_left_to_do(trained, monkeypatch, capsys):
+def test_nothing_left_to_do(trained, capsys):
   import run_lib
 
   before = contents(trained[0])

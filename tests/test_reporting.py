@@ -68,14 +68,17 @@ def test_grid(tmp_path, channels):
   reporting.save_grid(path, images, scale_to=19)
   with Image.open(path) as picture:
     assert picture.mode == {1: 'L', 3: 'RGB', 4: 'RGBA'}[channels]
-    pixels = np.asarray(picture).reshape(8, 18, channels)
-  # Two rows of three, twice as large; the sixth place is white.
-  small = pixels[::2, ::2]
-  np.testing.assert_array_equal(small.repeat(2, 0).repeat(2, 1), pixels)
-  for i, image in enumerate([*images, np.full_like(images[0], 255)]):
+    assert picture.size == (3 * 6 + 2 * 2, 2 * 4 + 2)
+    pixels = np.array(picture).reshape(10, 22, channels)
+  # Two rows of three, twice as large, two white pixels between them.
+  for i, image in enumerate(images):
     row, column = divmod(i, 3)
-    place = small[2 * row : 2 * row + 2, 3 * column : 3 * column + 3]
-    np.testing.assert_array_equal(place, image)
+    place = np.s_[6 * row : 6 * row + 4, 8 * column : 8 * column + 6]
+    np.testing.assert_array_equal(
+      pixels[place], image.repeat(2, 0).repeat(2, 1)
+    )
+    pixels[place] = 255
+  assert (pixels == 255).all()
   assert [file.name for file in path.parent.iterdir()] == ['grid.png']
 
 
@@ -83,7 +86,7 @@ def test_large_images_are_not_enlarged(tmp_path):
   path = tmp_path / 'grid.png'
   reporting.save_grid(path, np.zeros((4, 300, 300, 3), np.uint8))
   with Image.open(path) as picture:
-    assert picture.size == (600, 600)
+    assert picture.size == (602, 602)
 
 
 def test_curves(tmp_path):

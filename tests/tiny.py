@@ -7,7 +7,6 @@ import pathlib
 
 from configs.base import compose, ncsnpp, ve
 
-
 # Where the tests' compiled programs are, for subprocesses too.
 CACHE = str(pathlib.Path(__file__).parents[1] / '.pytest_cache' / 'jax')
 
