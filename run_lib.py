@@ -223,13 +223,34 @@ def test_loss(eval_loss, params, dataset, batch_size, layout, limit=None):
   return total / count
 
 
+def _check_finite(values, first_step, last_good):
+  """Raises FloatingPointError naming the step of the first bad loss."""
+  if not np.isfinite(values).all():
+    bad = first_step + int(np.argmin(np.isfinite(values)))
+    raise FloatingPointError(
+      f'The loss at step {bad} is not finite. The last good checkpoint is '
+      f'{last_good}; a lower config.optim.lr may help.'
+    )
+
+
+def call_starts(start, end, n):
+  """Steps before which calls of n steps begin; they end at multiples of n.
+
+  A run that is resumed off the beat finds it again with its first call.
+  """
+  return [start, *range(start - start % n + n, end, n)]
+
+
 def make_fetch(config, dataset):
   """fetch(step) -> uint8 [n, parts, b, H, W, C], this host's share."""
   training = config.training
   parts = training.grad_accumulation
 
   def fetch(step):
-    n = min(training.n_jitted_steps, training.n_iters - step)
+    n = min(
+      training.n_jitted_steps - step % training.n_jitted_steps,
+      training.n_iters - step,
+    )
     images = [
       datasets.train_batch(
         dataset,
@@ -338,7 +359,7 @@ def train(config, workdir):
     )
     fetched = datasets.prefetch(
       make_fetch(config, train_set),
-      range(start, training.n_iters, training.n_jitted_steps),
+      call_starts(start, training.n_iters, training.n_jitted_steps),
     )
     with reporting.Log(workdir, resumed_at=start) as log:
       clock, clock_step = time.monotonic(), start
@@ -349,19 +370,16 @@ def train(config, workdir):
         step = before + len(images)
         # This waits for the device; the next batch is being fetched meanwhile.
         step_losses = np.asarray(step_losses)
-        if not np.isfinite(step_losses).all():
-          bad = before + int(np.argmin(np.isfinite(step_losses))) + 1
-          raise FloatingPointError(
-            f'The loss at step {bad} is not finite. The last good checkpoint '
-            f'is {saved.last}; a lower config.optim.lr may help.'
-          )
+        _check_finite(step_losses, before + 1, saved.last)
         if before == start:
           waited = time.monotonic() - begun
           reporting.say(f'First step done after {waited:.1f} s.')
           clock, clock_step = time.monotonic(), step
 
         due = lambda freq, step=step: step % freq == 0
-        finished = step == training.n_iters or interrupt.requested
+        # Read once: what is said at the end must be what was done here.
+        stopping = interrupt.requested
+        finished = step == training.n_iters or stopping
         scalars = {}
         if due(training.log_freq):
           now = time.monotonic()
@@ -373,6 +391,7 @@ def train(config, workdir):
         saving = due(training.checkpoint_freq) or due(training.snapshot_freq)
         if due(training.eval_freq) or saving or finished:
           scalars['test_loss'] = measure()
+          _check_finite([scalars['test_loss']], step, saved.last)
         if scalars:
           log.write(step, **scalars)
           note = ' '.join(f'{k} {v:.4g}' for k, v in scalars.items())
@@ -381,15 +400,15 @@ def train(config, workdir):
           saved.save(
             step, _without_ema(state), state.ema, loss=scalars['test_loss']
           )
-        if training.snapshot_sampling and (
-          due(training.snapshot_freq) or finished
-        ):
+        snapshot = due(training.snapshot_freq) or finished
+        if training.snapshot_sampling and snapshot and not stopping:
           images, _, _ = sample(state.ema, jax.random.key(config.seed))
           if jax.process_index() == 0:
             path = workdir / 'samples' / f'step_{step}.png'
             reporting.save_grid(path, _uint8(config, images))
             reporting.say(f'Samples are in {path}.')
-        if interrupt.requested:
+        if stopping:
+          saved.wait()
           reporting.say(f'Stopped by SIGTERM; step {step} is saved.')
           break
       saved.wait()

@@ -88,9 +88,8 @@ def test_nothing_left_to_do(trained, capsys):
       'config.training.batch_size?',
     ),
     (
-      '--config.batch_size=12',
-      'error: config.batch_size does not exist. Did you mean '
-      'config.training.batch_size?',
+      '--config.lr=1',
+      'error: config.lr does not exist. Did you mean config.optim.lr?',
     ),
     ('--config.training.batch_size=many', 'batch_size=many'),
     ('--mode=trian', 'should be one of <train|eval|'),
