@@ -30,8 +30,6 @@ def get_config():
       'sampling.num_steps': 200,
       'eval.batch_size': 256,
       'eval.num_samples': 512,
-      'eval.enable_bpd': True,
-      'eval.bpd_repeats': 1,
       'eval.allow_few_samples': True,
     },
   )
