@@ -12,8 +12,8 @@ from jax.scipy.special import logsumexp
 class Mixture:
   """sum_k weights_k N(means_k, std^2 I), with means [K, D]."""
 
-  weights: tuple = (1.0,)
-  means: tuple = ((0.5, -0.3),)
+  weights: tuple = (0.5, 0.5)
+  means: tuple = ((0.5, -0.3), (0.5, -0.3))
   std: float = 0.4
 
   @property

@@ -22,7 +22,7 @@ name = lambda sde: type(sde).__name__
 def test_bits_per_dim_of_a_gaussian(sde):
   """For an isotropic Gaussian Hutchinson's estimate has no variance."""
   # Centred, or its marginal at t = 1 would differ from the prior by alpha mean.
-  data = Mixture(means=((0.0, 0.0),))
+  data = Mixture(means=((0.0, 0.0),) * 2)
   x = jnp.asarray(data.sample(0, 64))
   probe = likelihood.rademacher(jax.random.key(0), x.shape)
   solve = jax.jit(
