@@ -78,30 +78,33 @@ def bits_per_dim(config, params, dataset, layout, folder):
   progress = reporting.Progress('bits/dim', repeats * num_batches, 'batches')
   passes, nfe = [], []
   for repeat in range(repeats):
-    values = []
-    for number in range(num_batches):
-      path = _host_file(folder, f'bpd_{repeat}_{number}')
-      if not _all_have(path):
-        _, image, mask = next(
-          run_lib.eval_batches(dataset, batch, layout, start=number)
+    paths = [
+      _host_file(folder, f'bpd_{repeat}_{number}')
+      for number in range(num_batches)
+    ]
+    missing = [i for i, path in enumerate(paths) if not _all_have(path)]
+    rng = jax.random.fold_in(jax.random.key(config.seed), repeat)
+    start = missing[0] if missing else num_batches
+    for number, image, mask in run_lib.eval_batches(
+      dataset, batch, layout, start=start
+    ):
+      if number not in missing:
+        continue
+      bits, evaluations, success = compute(
+        params, jax.random.fold_in(rng, number), image
+      )
+      if not success:
+        raise FloatingPointError(
+          f'The ODE solver failed on test batch {number}; larger '
+          'config.sampling.rtol and atol may help.'
         )
-        rng = jax.random.fold_in(jax.random.key(config.seed), repeat)
-        bits, evaluations, success = compute(
-          params, jax.random.fold_in(rng, number), image
-        )
-        if not success:
-          raise FloatingPointError(
-            f'The ODE solver failed on test batch {number}; larger '
-            'config.sampling.rtol and atol may help.'
-          )
-        mask = multihost_utils.process_allgather(mask, tiled=True)
-        bits = np.asarray(bits)[np.asarray(mask) > 0]
-        evaluation.save_npz(path, bits=bits, nfe=np.asarray(evaluations))
-      saved = evaluation.load_npz(path)
-      values.append(saved['bits'])
-      nfe.append(float(saved['nfe']))
+      mask = multihost_utils.process_allgather(mask, tiled=True)
+      bits = np.asarray(bits)[np.asarray(mask) > 0]
+      evaluation.save_npz(paths[number], bits=bits, nfe=np.asarray(evaluations))
       progress(repeat * num_batches + number + 1)
-    passes.append(np.concatenate(values))
+    saved = [evaluation.load_npz(path) for path in paths]
+    passes.append(np.concatenate([part['bits'] for part in saved]))
+    nfe += [float(part['nfe']) for part in saved]
   per_image = np.mean(passes, axis=0)
   metric = evaluation.Metric(
     value=float(per_image.mean()),

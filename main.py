@@ -11,6 +11,7 @@ import argparse
 import os
 import pathlib
 import sys
+import warnings
 
 import jax
 from absl import app, flags
@@ -95,6 +96,7 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'Unknown argument {argv[1]!r}.')
   configure_jax()
+  warnings.formatwarning = lambda text, *_, **__: f'warning: {text}\n'
   try:
     run()
   except (ValueError, OSError, FloatingPointError) as error:
