@@ -349,12 +349,16 @@ def inverse_scaler(x, *, centered):
 def preprocess(rng, image, *, random_flip, uniform_dequantization, centered):
   """uint8 [B, H, W, C] to the float32 input of the model; runs under jit.
 
+  Floats are no images but points [B, D], which the model sees as they are.
+
   Args:
     rng: draws the flips and the noise of the whole global batch.
     random_flip: mirror each image left to right with probability 1/2.
     uniform_dequantization: (x + u) / 256 with u ~ U[0, 1), not x / 255.
     centered: to [-1, 1], else to [0, 1].
   """
+  if jnp.issubdtype(image.dtype, jnp.floating):
+    return image
   flip_rng, noise_rng = jax.random.split(rng)
   x = image.astype(jnp.float32)
   if random_flip:

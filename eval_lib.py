@@ -85,13 +85,13 @@ def bits_per_dim(config, params, dataset, layout, folder):
     missing = [i for i, path in enumerate(paths) if not _all_have(path)]
     rng = jax.random.fold_in(jax.random.key(config.seed), repeat)
     start = missing[0] if missing else num_batches
-    for number, image, mask in run_lib.eval_batches(
+    for number, images, mask in run_lib.eval_batches(
       dataset, batch, layout, start=start
     ):
       if number not in missing:
         continue
       bits, evaluations, success = compute(
-        params, jax.random.fold_in(rng, number), image
+        params, jax.random.fold_in(rng, number), images['image']
       )
       if not success:
         raise FloatingPointError(

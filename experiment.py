@@ -16,6 +16,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import datasets
 import likelihood
@@ -62,9 +63,23 @@ def make_network(config):
 
 
 def image_shape(config, batch_size):
-  """[B, H, W, C] of the config's images."""
-  size = config.data.image_size
+  """[B, H, W, C] of the config's images; [B, D] if its data are points."""
+  size, dims = config.data.image_size, config.data.dims
+  if dims:
+    return batch_size, dims
   return batch_size, size, size, config.data.num_channels
+
+
+def to_data(config, x):
+  """Samples as datasets hold them, in numpy: uint8 images, or float points.
+
+  Args:
+    config: a ConfigDict.
+    x: samples of `make_sampler`, [B, H, W, C] or [B, D].
+  """
+  if config.data.dims:
+    return np.asarray(x, np.float32)
+  return datasets.to_uint8(np.asarray(x), config.sampling.rounding)
 
 
 def _init(config):
@@ -109,20 +124,21 @@ def make_score_fn(config, params, *, continuous=False, dropout_rng=None):
 
 
 def make_loss_fn(config, *, train):
-  """loss_fn(params, rng, image) -> [B], for uint8 images [B, H, W, C].
+  """loss_fn(params, rng, batch) -> [B].
 
-  Flips, dequantisation, times, noise and dropout all come from rng.
+  A batch has 'image', uint8 [B, H, W, C] (or float points [B, D]), and 'label',
+  int [B]. Flips, dequantisation, times, noise and dropout all come from rng.
   """
   sde, data, training = make_sde(config), config.data, config.training
   _choose(losses.TIMES, training.times, 'training.times')
   _choose(losses.WEIGHTINGS, training.weighting, 'training.weighting')
   _choose(losses.REDUCTIONS, training.reduction, 'training.reduction')
 
-  def loss_fn(params, rng, image):
+  def loss_fn(params, rng, batch):
     rng_data, rng_loss, rng_dropout = jax.random.split(rng, 3)
     x0 = datasets.preprocess(
       rng_data,
-      image,
+      batch['image'],
       random_flip=train and data.random_flip,
       uniform_dequantization=data.uniform_dequantization,
       centered=data.centered,

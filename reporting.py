@@ -101,6 +101,37 @@ class Log:
         self._board.add_scalar(name, float(value), step)
 
 
+def save_samples(path, samples):
+  """One PNG of samples: uint8 images in a grid, points [N, D] scattered."""
+  if samples.ndim > 2:
+    return save_grid(path, samples)
+  plt = _pyplot()
+  figure, ax = plt.subplots(figsize=(5, 5))
+  ax.scatter(*samples[:, :2].T, s=3, alpha=0.6, linewidths=0)
+  ax.set_aspect('equal', 'datalim')
+  _save_figure(path, figure)
+
+
+def _pyplot():
+  import matplotlib
+
+  matplotlib.use('Agg')
+  from matplotlib import pyplot
+
+  return pyplot
+
+
+def _save_figure(path, figure):
+  """Writes a figure as PNG, whole or not at all, and closes it."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.tight_layout()
+  part = path.with_name(path.name + '.part')
+  figure.savefig(part, format='png', dpi=100)
+  _pyplot().close(figure)
+  os.replace(part, path)
+
+
 def save_grid(path, images, *, scale_to=512):
   """Writes uint8 images [N, H, W, C], C = 1, 3 or 4, as one nearly square PNG.
 
@@ -134,10 +165,6 @@ def save_curves(path, results, names):
       {'value', 'std_error', ..}.
     names: of metrics, a panel each if any result has it.
   """
-  import matplotlib
-
-  matplotlib.use('Agg')
-  from matplotlib import pyplot as plt
 
   def points(x, name):
     found = [
@@ -154,6 +181,7 @@ def save_curves(path, results, names):
     return
   columns = min(3, len(panels))
   rows = -(-len(panels) // columns)
+  plt = _pyplot()
   figure, axes = plt.subplots(
     rows, columns, figsize=(4 * columns, 3 * rows), squeeze=False
   )
@@ -164,8 +192,4 @@ def save_curves(path, results, names):
     ax.errorbar(at, value, yerr=error, marker='o', capsize=3)
     ax.set(xlabel={'nfe': 'NFE'}.get(x, x), ylabel=name)
     ax.grid(alpha=0.3)
-  figure.tight_layout()
-  part = pathlib.Path(path).with_name(pathlib.Path(path).name + '.part')
-  figure.savefig(part, format='png', dpi=100)
-  plt.close(figure)
-  os.replace(part, path)
+  _save_figure(path, figure)

@@ -28,6 +28,12 @@ import reporting
 
 # Images of the test set whose loss is logged in training, with fixed noise.
 EVAL_IMAGES = 1024
+# What the loss sees of a batch.
+_FIELDS = ('image', 'label')
+
+
+def _row(tree, i):
+  return jax.tree.map(lambda v: v[i], tree)
 
 
 class TrainState(typing.NamedTuple):
@@ -71,8 +77,10 @@ def check_divisible(batch_size, key):
 
 
 def to_global(sharding, local):
-  """The global array of which this host holds `local` (numpy)."""
-  return jax.make_array_from_process_local_data(sharding, local)
+  """Global arrays of which this host holds `local`, a pytree of numpy's."""
+  return jax.tree.map(
+    lambda v: jax.make_array_from_process_local_data(sharding, v), local
+  )
 
 
 def replicated(like, layout):
@@ -107,11 +115,12 @@ def make_init(config, layout):
 
 
 def make_train_steps(config, layout):
-  """train_steps(state, images) -> (state, losses [n]).
+  """train_steps(state, batches) -> (state, losses [n]).
 
-  Takes n steps in one compiled call on images [n, parts, B / parts, H, W, C],
-  uint8, n of them as there are. What is random at a step is a function of seed
-  and step alone. The state is donated: pass each one once.
+  Takes n steps in one compiled call on batches {'image', 'label'}, each
+  [n, parts, B / parts, ...], n of them as there are. What is random at a step
+  is a function of seed and step alone. The state is donated: pass each one
+  once.
   """
   loss_fn = experiment.make_loss_fn(config, train=True)
   optimizer = experiment.make_optimizer(config)
@@ -121,31 +130,31 @@ def make_train_steps(config, layout):
   # loop on CPUs: there the loops are Python's.
   on_cpu = jax.default_backend() == 'cpu'
 
-  def mean_loss(params, rng, image):
-    return jnp.mean(loss_fn(params, rng, image))
+  def mean_loss(params, rng, batch):
+    return jnp.mean(loss_fn(params, rng, batch))
 
-  def gradient(params, rng, images):
+  def gradient(params, rng, batch):
     """Mean loss and gradient over the parts of a batch, one at a time."""
-    parts = images.shape[0]
+    parts = batch['image'].shape[0]
     if parts == 1:
-      return jax.value_and_grad(mean_loss)(params, rng, images[0])
+      return jax.value_and_grad(mean_loss)(params, rng, _row(batch, 0))
 
     def part(total, inputs):
-      i, image = inputs
+      i, batch = inputs
       key = jax.random.fold_in(rng, i)
-      value = jax.value_and_grad(mean_loss)(params, key, image)
+      value = jax.value_and_grad(mean_loss)(params, key, batch)
       return jax.tree.map(lambda a, b: a + b / parts, total, value), None
 
     total = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
     if on_cpu:
       for i in range(parts):
-        total, _ = part(total, (i, images[i]))
+        total, _ = part(total, (i, _row(batch, i)))
       return total
-    return jax.lax.scan(part, total, (jnp.arange(parts), images))[0]
+    return jax.lax.scan(part, total, (jnp.arange(parts), batch))[0]
 
-  def one_step(state, images):
+  def one_step(state, batch):
     rng = jax.random.fold_in(base_rng, state.step)
-    loss, grads = gradient(state.params, rng, images)
+    loss, grads = gradient(state.params, rng, batch)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     step = state.step + 1
@@ -164,15 +173,15 @@ def make_train_steps(config, layout):
     )
 
   if not on_cpu:
-    scan = lambda state, images: jax.lax.scan(one_step, state, images)
+    scan = lambda state, batches: jax.lax.scan(one_step, state, batches)
     return compiled(scan, layout.microbatches)
 
   call = compiled(one_step, layout.one_step)
 
-  def one_at_a_time(state, images):
+  def one_at_a_time(state, batches):
     step_losses = []
-    for i in range(len(images)):
-      state, loss = call(state, images[i])
+    for i in range(len(batches['image'])):
+      state, loss = call(state, _row(batches, i))
       step_losses.append(loss)
     return state, jnp.stack(step_losses)
 
@@ -180,15 +189,15 @@ def make_train_steps(config, layout):
 
 
 def make_eval_loss(config, layout):
-  """eval_loss(params, number, image, mask) -> (sum of losses, count).
+  """eval_loss(params, number, batch, mask) -> (sum of losses, count).
 
   The same noise for the same batch number, so checkpoints compare.
   """
   loss_fn = experiment.make_loss_fn(config, train=False)
 
-  def eval_loss(params, number, image, mask):
+  def eval_loss(params, number, batch, mask):
     rng = jax.random.fold_in(jax.random.key(config.seed + 1), number)
-    value = loss_fn(params, rng, image)
+    value = loss_fn(params, rng, batch)
     return jnp.sum(value * mask), jnp.sum(mask)
 
   return jax.jit(
@@ -199,7 +208,7 @@ def make_eval_loss(config, layout):
 
 
 def eval_batches(dataset, batch_size, layout, start=0):
-  """Yields (number, image, mask), global, over a whole dataset."""
+  """Yields (number, {'image', 'label'}, mask), global, of a whole dataset."""
   batches = datasets.eval_batches(
     dataset,
     batch_size=batch_size,
@@ -208,15 +217,16 @@ def eval_batches(dataset, batch_size, layout, start=0):
     start=start,
   )
   for number, batch in enumerate(batches, start):
-    image = to_global(layout.split, batch['image'])
-    yield number, image, to_global(layout.split, batch['mask'])
+    batch = to_global(layout.split, {k: batch[k] for k in (*_FIELDS, 'mask')})
+    mask = batch.pop('mask')
+    yield number, batch, mask
 
 
 def test_loss(eval_loss, params, dataset, batch_size, layout, limit=None):
   """Mean loss per example over (at least `limit` images of) a dataset."""
   total = count = 0.0
-  for number, image, mask in eval_batches(dataset, batch_size, layout):
-    part, n = eval_loss(params, number, image, mask)
+  for number, batch, mask in eval_batches(dataset, batch_size, layout):
+    part, n = eval_loss(params, number, batch, mask)
     total, count = total + float(part), count + float(n)
     if limit and count >= limit:
       break
@@ -242,7 +252,7 @@ def call_starts(start, end, n):
 
 
 def make_fetch(config, dataset):
-  """fetch(step) -> uint8 [n, parts, b, H, W, C], this host's share."""
+  """fetch(step) -> this host's share of batches, each [n, parts, b, ...]."""
   training = config.training
   parts = training.grad_accumulation
 
@@ -251,7 +261,7 @@ def make_fetch(config, dataset):
       training.n_jitted_steps - step % training.n_jitted_steps,
       training.n_iters - step,
     )
-    images = [
+    batches = [
       datasets.train_batch(
         dataset,
         number,
@@ -259,10 +269,11 @@ def make_fetch(config, dataset):
         seed=config.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-      )['image']
+      )
       for number in range(step * parts, (step + n) * parts)
     ]
-    return np.stack(images).reshape(n, parts, *images[0].shape)
+    fields = {k: np.stack([batch[k] for batch in batches]) for k in _FIELDS}
+    return jax.tree.map(lambda v: v.reshape(n, parts, *v.shape[1:]), fields)
 
   return fetch
 
@@ -363,11 +374,11 @@ def train(config, workdir):
     )
     with reporting.Log(workdir, resumed_at=start) as log:
       clock, clock_step = time.monotonic(), start
-      for before, images in fetched:
+      for before, batches in fetched:
         state, step_losses = train_steps(
-          state, to_global(layout.microbatches, images)
+          state, to_global(layout.microbatches, batches)
         )
-        step = before + len(images)
+        step = before + len(batches['image'])
         # This waits for the device; the next batch is being fetched meanwhile.
         step_losses = np.asarray(step_losses)
         _check_finite(step_losses, before + 1, saved.last)
@@ -405,7 +416,7 @@ def train(config, workdir):
           images, _, _ = sample(state.ema, jax.random.key(config.seed))
           if jax.process_index() == 0:
             path = workdir / 'samples' / f'step_{step}.png'
-            reporting.save_grid(path, _uint8(config, images))
+            reporting.save_samples(path, experiment.to_data(config, images))
             reporting.say(f'Samples are in {path}.')
         if stopping:
           saved.wait()
@@ -434,11 +445,6 @@ def make_sample(config, layout, batch_size):
     in_shardings=(layout.replicated, None),
     out_shardings=layout.replicated,
   )
-
-
-def _uint8(config, images):
-  images = np.asarray(images)
-  return datasets.to_uint8(images, config.sampling.rounding)
 
 
 # ------------------------------------------------------- import and export

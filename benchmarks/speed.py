@@ -47,16 +47,16 @@ def peak_memory():
   return 'process', unit * peak
 
 
-def training_flops(config, params, image):
+def training_flops(config, params, batch):
   """Operations of one step's loss and gradient, as XLA counts them.
 
   Counted before optimisation and for one part of a batch at a time, since XLA
   counts the body of a loop once.
   """
   loss_fn = experiment.make_loss_fn(config, train=True)
-  mean_loss = lambda params, rng, image: loss_fn(params, rng, image).mean()
+  mean_loss = lambda params, rng, batch: loss_fn(params, rng, batch).mean()
   lowered = jax.jit(jax.value_and_grad(mean_loss)).lower(
-    params, jax.random.key(0), image
+    params, jax.random.key(0), batch
   )
   cost = lowered.cost_analysis() or {}
   return cost.get('flops', math.nan) * config.training.grad_accumulation
@@ -69,25 +69,29 @@ def time_training(config, layout, steps):
   _, place = run_lib.make_init(config, layout)
   state = place()
   train_steps = run_lib.make_train_steps(config, layout)
-  image = np.zeros(
-    experiment.image_shape(config, training.batch_size // parts), np.uint8
-  )
-  images = run_lib.to_global(
-    layout.microbatches, np.broadcast_to(image, (n, parts, *image.shape))
+  size = training.batch_size // parts
+  dtype = np.float32 if config.data.dims else np.uint8
+  batch = {
+    'image': np.zeros(experiment.image_shape(config, size), dtype),
+    'label': np.zeros(size, np.int32),
+  }
+  batches = run_lib.to_global(
+    layout.microbatches,
+    {k: np.broadcast_to(v, (n, parts, *v.shape)) for k, v in batch.items()},
   )
 
-  state, losses = jax.block_until_ready(train_steps(state, images))
+  state, losses = jax.block_until_ready(train_steps(state, batches))
   first_call = time.perf_counter() - BEGUN
   if not np.isfinite(losses).all():
     raise ValueError('The loss is not finite.')
 
   start, calls = time.perf_counter(), math.ceil(steps / n)
   for _ in range(calls):
-    state, losses = train_steps(state, images)
+    state, losses = train_steps(state, batches)
   jax.block_until_ready(losses)
   seconds = (time.perf_counter() - start) / (calls * n)
 
-  flops = training_flops(config, state.params, image)
+  flops = training_flops(config, state.params, batch)
   results = {
     # A compiled call takes n steps; the others of them are not start-up.
     'seconds_to_first_step': first_call - (n - 1) * seconds,

@@ -21,6 +21,7 @@ def base():
         'path': '',  # file or folder; '': the default cache
         'image_size': 32,
         'num_channels': 3,
+        'dims': 0,  # of points, where the data are no images
         'random_flip': True,
         'uniform_dequantization': False,
         'centered': False,  # the model's range is [-1, 1], not [0, 1]

@@ -136,7 +136,8 @@ def _trace_loss(name):
   image = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.uint8)
   loss_fn = experiment.make_loss_fn(config, train=True)
   params = experiment.abstract_params(config)
-  return jax.eval_shape(loss_fn, params, jax.random.key(0), image).shape
+  batch = {'image': image, 'label': jax.ShapeDtypeStruct((2,), jnp.int32)}
+  return jax.eval_shape(loss_fn, params, jax.random.key(0), batch).shape
 
 
 @functools.cache
@@ -187,5 +188,6 @@ def test_reduced_forward(name):
   )
   image = np.random.default_rng(1).integers(0, 256, (2, 16, 16, 3), np.uint8)
   loss_fn = jax.jit(experiment.make_loss_fn(config, train=True))
-  loss = loss_fn(params, jax.random.key(0), image)
+  batch = {'image': image, 'label': np.zeros(2, np.int32)}
+  loss = loss_fn(params, jax.random.key(0), batch)
   assert np.isfinite(loss).all() and (loss > 0).all()

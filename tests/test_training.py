@@ -214,10 +214,10 @@ def test_stopped_by_sigterm_and_resumed(
   def make_train_steps(*args):
     train_steps = run_lib_make_train_steps(*args)
 
-    def stopped(state, images):
+    def stopped(state, batches):
       if state.step == 5:
         terminate()
-      return train_steps(state, images)
+      return train_steps(state, batches)
 
     return stopped
 
@@ -297,8 +297,8 @@ def test_not_finite(copied, monkeypatch, what):
   """A loss that is not finite stops the run; bad weights are not saved."""
 
   def make_train_steps(*_):
-    def train_steps(state, images):
-      loss = jnp.ones(len(images))
+    def train_steps(state, batches):
+      loss = jnp.ones(len(batches['image']))
       if state.step == 13:
         if what == 'loss':
           loss = loss.at[0].set(jnp.nan)
@@ -338,9 +338,9 @@ def take_steps(monkeypatch, *, parts, together, scan=False, noise=0.0):
   The loss is w's squared distance to each image, plus noise.
   """
 
-  def loss_fn(params, rng, image):
-    z = noise * jax.random.normal(rng, image.shape)
-    x = image / 255 + z
+  def loss_fn(params, rng, batch):
+    z = noise * jax.random.normal(rng, batch['image'].shape)
+    x = batch['image'] / 255 + z
     return jnp.mean((x - params['w']) ** 2, axis=(1, 2, 3))
 
   config = tiny.get_config(training__ema_rate=0.5)
@@ -364,8 +364,9 @@ def take_steps(monkeypatch, *, parts, together, scan=False, noise=0.0):
   state = jax.device_put(state, layout.replicated)
   step_losses = []
   for i in range(0, 4, together):
-    chunk = run_lib.to_global(layout.microbatches, images[i : i + together])
-    state, loss = train_steps(state, chunk)
+    batches = {'image': images[i : i + together]}
+    batches = run_lib.to_global(layout.microbatches, batches)
+    state, loss = train_steps(state, batches)
     step_losses.extend(np.asarray(loss))
   assert int(state.step) == 4
   return state.params['w'], state.ema['w'], np.stack(step_losses)
@@ -403,12 +404,15 @@ def test_half_precision_with_less_memory():
   layout = run_lib.make_layout()
   init, _ = run_lib.make_init(config, layout)
   state = jax.eval_shape(init, experiment.abstract_params(config))
-  images = jax.ShapeDtypeStruct((3, 2, 4, 8, 8, 1), jnp.uint8)
+  batches = {
+    'image': jax.ShapeDtypeStruct((3, 2, 4, 8, 8, 1), jnp.uint8),
+    'label': jax.ShapeDtypeStruct((3, 2, 4), jnp.int32),
+  }
   train_steps = run_lib.make_train_steps(config, layout)
-  program = jax.make_jaxpr(train_steps)(state, images)
+  program = jax.make_jaxpr(train_steps)(state, batches)
   text = str(program)
   assert 'bf16' in text and 'remat' in text
-  after, step_losses = jax.eval_shape(train_steps, state, images)
+  after, step_losses = jax.eval_shape(train_steps, state, batches)
   assert step_losses.shape == (3,) and step_losses.dtype == jnp.float32
   same = jax.tree.map(
     lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, after
