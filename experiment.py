@@ -12,6 +12,7 @@ This is also the API for a notebook:
 import dataclasses
 import functools
 import importlib.util
+import inspect
 import pathlib
 
 import jax
@@ -164,17 +165,8 @@ def make_optimizer(config):
   return losses.make_optimizer(**config.optim)
 
 
-def make_sampler(config, batch_size):
-  """sample(params, rng) -> (images, nfe, success).
-
-  images are [B, H, W, C] in [0, 1] but for samples that fall outside it.
-  """
-  sde, options = make_sde(config), config.sampling
-  shape = image_shape(config, batch_size)
-  if options.method not in ('pc', 'ode'):
-    raise ValueError(
-      f"config.sampling.method={options.method!r} is neither 'pc' nor 'ode'."
-    )
+def _predictor_corrector(options):
+  """The predictor and the corrector of config.sampling, options bound."""
   predictor = _choose(
     sampling.PREDICTORS, options.predictor, 'sampling.predictor'
   )
@@ -196,35 +188,47 @@ def make_sampler(config, batch_size):
     )
   if options.corrector != 'none':
     corrector = functools.partial(corrector, snr=options.snr)
+  return {'predictor': predictor, 'corrector': corrector}
 
-  def sample(params, rng):
-    if options.method == 'ode':
-      samples, success = sampling.ode_sample(
-        rng,
-        make_score_fn(config, params, continuous=True),
-        sde.continuous,
-        shape,
-        eps=options.eps,
-        rtol=options.rtol,
-        atol=options.atol,
-        final_denoise=options.final_denoise,
-      )
-    else:
-      samples = sampling.pc_sample(
-        rng,
-        make_score_fn(config, params),
-        sde,
-        shape,
-        predictor=predictor,
-        corrector=corrector,
-        num_steps=options.num_steps,
-        eps=options.eps,
-        corrector_steps=options.corrector_steps,
-        final_denoise=options.final_denoise,
-      )
-      success = jnp.asarray(True)
+
+def _options_of(function, options):
+  """The entries of a dict that are keyword-only parameters of a function."""
+  parameters = inspect.signature(function).parameters.values()
+  names = [p.name for p in parameters if p.kind == p.KEYWORD_ONLY]
+  return {name: options[name] for name in names if name in options}
+
+
+def make_sampler(config, batch_size, *, wrap=None):
+  """sample(params, rng, z=None, **given) -> (images, nfe, success).
+
+  images are [B, H, W, C] in [0, 1] but for samples that fall outside it. z
+  [B, H, W, C] is the state at t = 1; None draws it from the prior.
+
+  Args:
+    config: a ConfigDict.
+    batch_size: B.
+    wrap: `wrap(score_fn, sde, **given)` -> score_fn, what guides the samples;
+      `given` are the further arguments of `sample`.
+  """
+  options = config.sampling.to_dict() | _predictor_corrector(config.sampling)
+  sampler = _choose(
+    sampling.SAMPLERS, config.sampling.method, 'sampling.method'
+  )
+  bound = functools.partial(sampler, **_options_of(sampler, options))
+  continuous = config.sampling.method in sampling.CONTINUOUS
+  sde = make_sde(config)
+  sde = sde.continuous if continuous else sde
+
+  def sample(params, rng, z=None, **given):
+    rng, rng_prior = jax.random.split(rng)
+    if z is None:
+      z = sde.prior_sample(rng_prior, image_shape(config, batch_size))
+    score_fn = make_score_fn(config, params, continuous=continuous)
+    if wrap:
+      score_fn = wrap(score_fn, sde, **given)
+    samples = bound(rng, score_fn, sde, z)
     images = datasets.inverse_scaler(samples.x, centered=config.data.centered)
-    return images, samples.nfe, success
+    return images, samples.nfe, samples.success
 
   return sample
 

@@ -15,7 +15,7 @@ import typing
 import jax
 import jax.numpy as jnp
 
-import sampling
+import ode
 
 
 class Likelihood(typing.NamedTuple):
@@ -63,9 +63,7 @@ def log_likelihood(
     return drift_and_divergence(score_fn, sde, state[0], t, probe)
 
   start = (x, jnp.zeros(x.shape[0]))
-  solution = sampling.solve_ode(
-    augmented, start, eps, 1.0, rtol=rtol, atol=atol
-  )
+  solution = ode.solve_ode(augmented, start, eps, 1.0, rtol=rtol, atol=atol)
   z, integral = solution.y
   logp = sde.prior_logp(z) + integral
   return Likelihood(logp, z, solution.nfe, solution.success)

@@ -12,6 +12,7 @@ import pytest
 
 import likelihood
 import losses
+import ode
 import sampling
 import sde_lib
 from models import score as score_lib
@@ -173,7 +174,7 @@ def test_ode_sample(case):
     drift = lambda t, x: sde.ode_drift(
       x, jnp.full(4, t), score_fn(x, jnp.full(4, t))
     )
-    return sampling.solve_ode(drift, z, 1.0, eps, rtol=1e-5, atol=1e-5)
+    return ode.solve_ode(drift, z, 1.0, eps, rtol=1e-5, atol=1e-5)
 
   solution = solve(g['ode_z'])
   assert solution.success

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import likelihood
-import sampling
+import ode
 import sde_lib
 from tests.exact import MIXTURE, Mixture
 
@@ -51,7 +51,7 @@ def test_latent_code_decodes_to_the_data():
     return sde.ode_drift(x, t, score_fn(x, t))
 
   decode = jax.jit(
-    lambda z: sampling.solve_ode(drift, z, 1.0, 1e-5, rtol=1e-5, atol=1e-5)
+    lambda z: ode.solve_ode(drift, z, 1.0, 1e-5, rtol=1e-5, atol=1e-5)
   )
   np.testing.assert_allclose(decode(encode(x).z).y, x, atol=1e-3)
 
