@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 import checkpoints
 import datasets
+import diffusers_export
 import experiment
 import losses
 import released
@@ -480,13 +481,39 @@ def import_released(config, workdir, path):
 
 
 def export(config, workdir, path):
-  """Writes averaged parameters as safetensors, the config in its metadata."""
+  """Writes averaged parameters for use elsewhere.
+
+  Args:
+    config: a ConfigDict.
+    workdir: of the run.
+    path: FILE.safetensors, with the config in its metadata, which `released`
+      reads; or a folder for diffusers.
+
+  Raises:
+    ValueError: there is no such checkpoint, or diffusers cannot represent the
+      network exactly. Nothing is written then.
+  """
   if not path:
-    raise ValueError('--mode export needs --output FILE.safetensors.')
+    raise ValueError(
+      '--mode export needs --output FILE.safetensors or, for diffusers, a '
+      'folder.'
+    )
+  to_file = str(path).endswith('.safetensors')
+  if not to_file:
+    diffusers_export.check(config)
   like = experiment.abstract_params(config)
   which = config.eval.checkpoint
   with checkpoints.Checkpoints(workdir) as saved:
     step = saved.select(which)[-1]
   ema = checkpoints.restore_ema(workdir, like, step)
-  released.export(path, config, ema, step=step)
-  reporting.say(f'Checkpoint {step} of {workdir} is in {path}.')
+  if to_file:
+    released.export(path, config, ema, step=step)
+    note = ''
+  else:
+    pipeline = diffusers_export.export(path, config, ema)
+    note = (
+      f', a {pipeline} of diffusers'
+      if pipeline
+      else "/unet, diffusers' UNet2DModel; it has no pipeline for its process"
+    )
+  reporting.say(f'Checkpoint {step} of {workdir} is in {path}{note}.')

@@ -229,7 +229,8 @@ def ncsnv2_128(config):
 def ncsn(config):
   """NCSN (Song & Ermon 2019); to be followed by `annealed`."""
   ncsnv2(config)
-  config.model.update(name='ncsn', num_classes=0)
+  # Its output is the score itself, not to be divided by sigma.
+  config.model.update(name='ncsn', conditioning='ncsn_label', num_classes=0)
   config.optim.lr = 1e-3
   config.sampling.final_denoise = False  # a discovery of the year after
 

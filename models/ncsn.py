@@ -1,10 +1,10 @@
 """Noise-conditional score networks: RefineNets with InstanceNorm++.
 
-NCSN (Song & Ermon 2019, Appendix A) is told the index of the noise level and
-has one set of normalisation weights for each. NCSNv2 (Song & Ermon 2020,
-Technique 3) is unconditional, and its output is divided by sigma by whoever
-makes a score of it. Both are a ResNet whose features at each depth are fused,
-from the deepest, by the refinement blocks of Lin et al. 2017.
+NCSN (Song & Ermon 2019, Appendix A) is told the index of the noise level, has
+one set of normalisation weights for each, and is the score. NCSNv2 (Song &
+Ermon 2020, Technique 3) is unconditional, and divided by sigma by whoever makes
+a score of it (`models.score`). Both are a ResNet whose features at each depth
+are fused, from the deepest, by the refinement blocks of Lin et al. 2017.
 
 Parameter names are those of the paper's released NCSNv2 checkpoints.
 """
@@ -287,7 +287,7 @@ class _RefineNet(nn.Module):
 
   @nn.compact
   def __call__(self, x, cond, *, train):
-    """Evaluates the network, not divided by sigma.
+    """Evaluates the network: NCSN's score, or NCSNv2's times sigma.
 
     Args:
       x: noisy images [B, H, W, C].

@@ -1,25 +1,45 @@
 """From a network to a score (Song et al. 2021, Section 3.1 and Appendix H).
 
-Every network here estimates, up to its sign, the noise z in x_t = alpha x_0 +
+Most networks here estimate, up to its sign, the noise z in x_t = alpha x_0 +
 sigma z; since the score of p(x_t | x_0) is -z / sigma, dividing by sigma makes
 the score. The released VE networks have the sign of the score, the VP ones
-that of the noise.
+that of the noise. NCSN of 2019 is the score itself: that dividing by sigma
+suits it better was found a year later (Song & Ermon 2020, Technique 3).
 """
+
+import functools
 
 import jax.numpy as jnp
 
 import sde_lib
 
-# What the network is told of the noise level, and the sign of its output.
+
+def _smld_label(sde, t):
+  return jnp.round((1 - t) * (sde.num_scales - 1))
+
+
+def _noise(condition, sign):
+  """The network estimates the noise, up to its sign."""
+
+  def score(net, sde, x, t):
+    _, sigma = sde.marginal(t)
+    return sign * net(x, condition(sde, t)) / sde_lib.expand(sigma, x)
+
+  return score
+
+
+# score(net, sde, x, t), by what the network is told of the noise level.
 CONDITIONINGS = {
   # NCSN++ with Fourier features, which takes the logarithm itself.
-  'sigma': (lambda sde, t: sde.marginal(t)[1], 1),
+  'sigma': _noise(lambda sde, t: sde.marginal(t)[1], 1),
   # DDPM++ and DDPM in continuous time: times scaled to DDPM's labels.
-  'time': (lambda sde, t: 999 * t, -1),
+  'time': _noise(lambda sde, t: 999 * t, -1),
   # DDPM: the integer step.
-  'ddpm_label': (lambda sde, t: jnp.round(t * (sde.num_scales - 1)), -1),
-  # NCSN and NCSNv2: label 0 is the largest sigma.
-  'smld_label': (lambda sde, t: jnp.round((1 - t) * (sde.num_scales - 1)), 1),
+  'ddpm_label': _noise(lambda sde, t: jnp.round(t * (sde.num_scales - 1)), -1),
+  # NCSNv2 and NCSN++ of discrete levels: label 0 is the largest sigma.
+  'smld_label': _noise(_smld_label, 1),
+  # NCSN, told by the same labels, is the score.
+  'ncsn_label': lambda net, sde, x, t: net(x, _smld_label(sde, t)),
 }
 
 
@@ -43,10 +63,4 @@ def make_score_fn(net, sde, conditioning):
       f'model.conditioning={conditioning!r} needs the number of noise levels '
       'that the network was trained on: set sde.num_scales.'
     )
-  condition, sign = CONDITIONINGS[conditioning]
-
-  def score_fn(x, t):
-    _, sigma = sde.marginal(t)
-    return sign * net(x, condition(sde, t)) / sde_lib.expand(sigma, x)
-
-  return score_fn
+  return functools.partial(CONDITIONINGS[conditioning], net, sde)

@@ -1,0 +1,295 @@
+"""Models as folders that diffusers' `from_pretrained` reads.
+
+Its `UNet2DModel` is exactly two of the networks here:
+
+- NCSN++ with image pyramids at input and output, the 256 and 1024 pixel
+  models: Skip*Block2D, whose output diffusers divides by sigma itself.
+- DDPM: DownBlock2D, UpBlock2D and their variants with attention. These attend
+  after every block on the way up, where the paper's DDPM attends after the last
+  one of a resolution; the others get an attention of zeros, which, in its
+  residual block, changes nothing.
+
+The others have no equivalent there: no residual input pyramid (NCSN++ at 32
+and 64 pixels), and no division by sqrt(2) without pyramids (DDPM++).
+
+A folder holds unet/ and, where diffusers has a pipeline for how the network
+was trained, scheduler/ and model_index.json: then `DiffusionPipeline` samples.
+"""
+
+import collections
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import safetensors.numpy
+from flax import traverse_util
+
+import experiment
+
+# Fields that have to be so; networks say all their defaults.
+_REQUIRED = {
+  'ncsnpp': {
+    'conditioning': ('sigma',),
+    'embedding_type': ('fourier',),
+    'conditional': (True,),
+    'resblock_type': ('biggan',),
+    'progressive': ('output_skip',),
+    'progressive_input': ('input_skip',),
+    'progressive_combine': ('sum',),
+    'fir': (True,),
+    'fir_kernel': ((1, 3, 3, 1),),
+    'skip_rescale': (True,),
+    'conv_size': (3,),
+    'nonlinearity': ('swish',),
+  },
+  'ddpm': {
+    'conditioning': ('time', 'ddpm_label', 'smld_label'),
+    'conditional': (True,),
+    'resamp_with_conv': (True,),
+    'nonlinearity': ('swish',),
+  },
+}
+# Children of a block, ours and theirs.
+_RESNET = {
+  'GroupNorm_0': 'norm1',
+  'Conv_0': 'conv1',
+  'Dense_0': 'time_emb_proj',
+  'GroupNorm_1': 'norm2',
+  'Conv_1': 'conv2',
+  'Conv_2': 'conv_shortcut',
+  'NIN_0': 'conv_shortcut',
+}
+_ATTENTION = {
+  'GroupNorm_0': 'group_norm',
+  'NIN_0': 'to_q',
+  'NIN_1': 'to_k',
+  'NIN_2': 'to_v',
+  'NIN_3': 'to_out.0',
+}
+
+
+def export(folder, config, ema_params):
+  """Writes the folder, whole or not at all.
+
+  Args:
+    folder: must not exist.
+    config: the ConfigDict of the run.
+    ema_params: its averaged parameters, a pytree of arrays.
+
+  Returns:
+    The name of the pipeline that samples it, None if diffusers has none.
+
+  Raises:
+    ValueError: `UNet2DModel` cannot be this network, or the folder exists.
+  """
+  folder = pathlib.Path(folder)
+  check(config)
+  if folder.exists():
+    raise ValueError(f'{folder} exists already: choose another --output.')
+  files = {'unet/config.json': unet_config(config)}
+  pipeline, scheduler = _pipeline(config)
+  if pipeline:
+    name = scheduler['_class_name']
+    files['scheduler/scheduler_config.json'] = scheduler
+    files['model_index.json'] = {
+      '_class_name': pipeline,
+      'unet': ['diffusers', 'UNet2DModel'],
+      'scheduler': ['diffusers', name],
+    }
+  part = folder.with_name(folder.name + '.part')
+  shutil.rmtree(part, ignore_errors=True)
+  for name, content in files.items():
+    path = part / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + '\n')
+  safetensors.numpy.save_file(
+    unet_tensors(config, ema_params),
+    part / 'unet' / 'diffusion_pytorch_model.safetensors',
+    {'format': 'pt'},
+  )
+  part.rename(folder)
+  return pipeline
+
+
+def check(config):
+  """Raises ValueError, with the reason, for what `UNet2DModel` cannot be."""
+  for reason in _obstacles(config):
+    raise ValueError(
+      f"diffusers' UNet2DModel cannot be this network exactly: {reason}. "
+      'Export to a FILE.safetensors instead.'
+    )
+
+
+def _obstacles(config):
+  network, name = experiment.make_network(config), config.model.name
+  if name not in _REQUIRED:
+    yield f'it has no equivalent of model.name={name!r}'
+    return
+  for field, allowed in _REQUIRED[name].items():
+    value = getattr(network, field, config.model.get(field))
+    if value not in allowed:
+      choices = ' or '.join(map(repr, allowed))
+      yield f'model.{field} is {value!r}, where it can only be {choices}'
+  if name == 'ncsnpp':
+    if config.data.num_channels != 3:
+      yield f'data.num_channels is {config.data.num_channels}, where it knows 3'
+    for level, channels in enumerate(_channels(network)):
+      if _attends(config, network, level) and (channels < 128 or channels % 32):
+        yield (
+          'its attention normalises 32 groups of at least 4 channels, and '
+          f'there are {channels} at one of model.attn_resolutions'
+        )
+
+
+def _channels(network):
+  return [network.nf * mult for mult in network.ch_mult]
+
+
+def _attends(config, network, level):
+  return config.data.image_size >> level in network.attn_resolutions
+
+
+def unet_config(config):
+  """The arguments of `UNet2DModel`."""
+  network, data = experiment.make_network(config), config.data
+  skip = 'Skip' if config.model.name == 'ncsnpp' else ''
+
+  def block_types(way):
+    return [
+      f'{"Attn" if _attends(config, network, level) else ""}{skip}{way}Block2D'
+      for level in range(len(network.ch_mult))
+    ]
+
+  return {
+    '_class_name': 'UNet2DModel',
+    'sample_size': data.image_size,
+    'in_channels': data.num_channels,
+    'out_channels': data.num_channels,
+    'center_input_sample': not data.centered,
+    'time_embedding_type': 'fourier' if skip else 'positional',
+    'freq_shift': 1,
+    'flip_sin_to_cos': False,
+    'block_out_channels': _channels(network),
+    'layers_per_block': network.num_res_blocks,
+    'down_block_types': block_types('Down'),
+    'up_block_types': block_types('Up')[::-1],
+    'mid_block_scale_factor': 2**0.5 if skip else 1,
+    'downsample_padding': 0,  # At the far borders only.
+    'attention_head_dim': None,  # A single head.
+    'norm_num_groups': None if skip else 32,
+    'norm_eps': 1e-6,
+    'act_fn': 'silu',
+    'dropout': network.dropout,
+  }
+
+
+def _pipeline(config):
+  """(class of the pipeline, config of its scheduler), or (None, None)."""
+  sde, options = experiment.make_sde(config), config.sampling
+  if config.model.conditioning == 'sigma':
+    return 'ScoreSdeVePipeline', {
+      '_class_name': 'ScoreSdeVeScheduler',
+      'num_train_timesteps': options.num_steps,
+      'snr': options.snr,
+      'sigma_min': sde.sigma_min,
+      'sigma_max': sde.sigma_max,
+      'sampling_eps': options.eps,
+      'correct_steps': (options.corrector != 'none') * options.corrector_steps,
+    }
+  if config.model.conditioning == 'ddpm_label':
+    forward = options.ancestral_variance == 'forward'
+    return 'DDPMPipeline', {
+      '_class_name': 'DDPMScheduler',
+      'num_train_timesteps': sde.num_scales,
+      'beta_schedule': 'linear',
+      'beta_start': sde.beta_min / sde.num_scales,
+      'beta_end': sde.beta_max / sde.num_scales,
+      'variance_type': 'fixed_large' if forward else 'fixed_small',
+      'clip_sample': False,
+      'prediction_type': 'epsilon',
+    }
+  return None, None
+
+
+# ----------------------------------------------------------------- tensors
+
+
+def unet_tensors(config, ema_params):
+  """Parameters by diffusers' names and in PyTorch's layout."""
+  tensors, counts = {}, collections.Counter()
+  for kind, module in _walk(config):
+    params = ema_params[f'{kind}_{counts[kind]}']
+    counts[kind] += 1
+    for (*child, leaf), value in traverse_util.flatten_dict(params).items():
+      parts = module, *(_child(kind, name) for name in child)
+      leaf = 'bias' if leaf in ('bias', 'b') else 'weight'
+      name = '.'.join(filter(None, (*parts, leaf)))
+      # Convolutions are [H, W, I, O] here, [O, I, H, W] there; products [I, O]
+      # and [O, I], some of which are 1x1 convolutions there.
+      value = np.transpose(value, (3, 2, 0, 1) if value.ndim == 4 else None)
+      if name.endswith('conv_shortcut.weight') and value.ndim == 2:
+        value = value[:, :, None, None]
+      tensors[name] = np.ascontiguousarray(value)
+  # What diffusers has and the paper's DDPM has not adds zero to its input.
+  last = config.model.num_res_blocks
+  for name in list(tensors):
+    block, attends, leaf = name.partition(f'.attentions.{last}.')
+    for k in range(last if attends else 0):
+      zeros = np.zeros_like(tensors[name])
+      tensors[f'{block}.attentions.{k}.{leaf}'] = zeros
+  return tensors
+
+
+def _child(kind, name):
+  if kind.startswith('Resnet'):
+    return _RESNET[name]
+  return _ATTENTION[name] if kind.startswith('Attn') else ''
+
+
+def _walk(config):
+  """(class here, module there) in the network's order of construction.
+
+  Modules of a class are numbered in this order, which is what ties the two.
+  """
+  network = experiment.make_network(config)
+  depth, blocks = len(network.ch_mult), network.num_res_blocks
+  skip = config.model.name == 'ncsnpp'
+  resnet = 'ResnetBlockBigGANpp' if skip else 'ResnetBlockDDPM'
+  attention = 'AttnBlockpp' if skip else 'AttnBlock'
+
+  if skip:
+    yield 'GaussianFourierProjection', 'time_proj'
+  yield 'Dense', 'time_embedding.linear_1'
+  yield 'Dense', 'time_embedding.linear_2'
+  yield 'Conv', 'conv_in'
+  for level in range(depth):
+    at = f'down_blocks.{level}'
+    for k in range(blocks):
+      yield resnet, f'{at}.resnets.{k}'
+      if _attends(config, network, level):
+        yield attention, f'{at}.attentions.{k}'
+    if level < depth - 1 and skip:
+      yield resnet, f'{at}.resnet_down'
+      yield 'Combine', f'{at}.skip_conv'
+    elif level < depth - 1:
+      yield 'Downsample', f'{at}.downsamplers.0.conv'
+
+  yield resnet, 'mid_block.resnets.0'
+  yield attention, 'mid_block.attentions.0'
+  yield resnet, 'mid_block.resnets.1'
+
+  for level in reversed(range(depth)):
+    at = f'up_blocks.{depth - 1 - level}'
+    for k in range(blocks + 1):
+      yield resnet, f'{at}.resnets.{k}'
+    if _attends(config, network, level):
+      yield attention, f'{at}.attentions.{0 if skip else blocks}'
+    if level and skip:
+      yield 'GroupNorm', f'{at}.skip_norm'
+      yield 'Conv', f'{at}.skip_conv'
+      yield resnet, f'{at}.resnet_up'
+    elif level:
+      yield 'Upsample', f'{at}.upsamplers.0.conv'
+  yield 'GroupNorm', 'conv_norm_out'
+  yield 'Conv', 'conv_out'
