@@ -131,9 +131,12 @@ def make_loss_fn(config, *, train):
   int [B]. Flips, dequantisation, times, noise and dropout all come from rng.
   """
   sde, data, training = make_sde(config), config.data, config.training
-  _choose(losses.TIMES, training.times, 'training.times')
-  _choose(losses.WEIGHTINGS, training.weighting, 'training.weighting')
+  times = _choose(losses.TIMES, training.times, 'training.times')
+  weight = _choose(losses.WEIGHTINGS, training.weighting, 'training.weighting')
   _choose(losses.REDUCTIONS, training.reduction, 'training.reduction')
+  # What does not suit the process is refused here, not in the first step.
+  draw = lambda rng: weight(sde, times(rng, sde, 1, training.eps)[0])
+  jax.eval_shape(draw, jax.random.key(0))
 
   def loss_fn(params, rng, batch):
     rng_data, rng_loss, rng_dropout = jax.random.split(rng, 3)

@@ -50,10 +50,39 @@ def importance_times(rng, sde, batch, eps):
   return t, (first - last) / (1 - eps) * sigma**2 / g**2
 
 
+def lognormal_times(rng, sde, batch, eps):
+  """(t, weight), [B]: log sigma ~ N(p_mean, p_std^2); weight 1.
+
+  The noise levels of Karras et al. (2022, Table 1); those outside [eps, 1] are
+  moved to its ends.
+  """
+  if not sde.sigma_data:
+    raise ValueError(
+      "training.times='lognormal' needs sde.name='edm', with p_mean and p_std."
+    )
+  log_sigma = sde.p_mean + sde.p_std * jax.random.normal(rng, (batch,))
+  t = jnp.clip(sde.time(-2 * log_sigma), eps, 1.0)
+  return t, jnp.ones_like(t)
+
+
+def edm_weighting(sde, t):
+  """lambda of Karras et al. (2022, Table 1), for the error of the score.
+
+  Theirs, (sigma^2 + sigma_data^2) / (sigma sigma_data)^2, is of the denoiser
+  D = x + sigma^2 score, whose error is sigma^2 times that of the score. The
+  network's own target then weighs 1 at every noise level.
+  """
+  if not sde.sigma_data:
+    raise ValueError("training.weighting='edm' needs sde.name='edm'.")
+  _, sigma = sde.marginal(t)
+  return (sigma**2 + sde.sigma_data**2) * (sigma / sde.sigma_data) ** 2
+
+
 TIMES = {
   'uniform': uniform_times,
   'grid': grid_times,
   'importance': importance_times,
+  'lognormal': lognormal_times,
 }
 
 # lambda(t): 'variance' is the paper's choice, sigma^2, which makes every level
@@ -61,6 +90,7 @@ TIMES = {
 WEIGHTINGS = {
   'variance': lambda sde, t: sde.marginal(t)[1] ** 2,
   'likelihood': lambda sde, t: sde.coefficients(t)[1] ** 2,
+  'edm': edm_weighting,
 }
 
 # Over the dimensions of one example: the mean (VP), or half the sum (VE).

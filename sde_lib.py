@@ -49,6 +49,7 @@ class SDE(abc.ABC):
     """
 
   num_scales = 0  # levels of a discretely trained network; 0: continuous time
+  sigma_data = 0.0  # what EDM's networks and loss are scaled by; 0: unknown
 
   @property
   def continuous(self):
@@ -152,6 +153,48 @@ class VESDE(SDE):
   def coefficients(self, t):
     _, sigma = self.marginal(t)
     return jnp.zeros_like(sigma), sigma * math.sqrt(2 * self.log_ratio)
+
+  def discretize(self, s, t):
+    return self.transition(s, t)
+
+  @property
+  def prior_std(self):
+    return self.sigma_max
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EDM(SDE):
+  """Karras et al. (2022, arXiv 2206.00364): noise is the time itself.
+
+  sigma = sigma_max t, and alpha = 1. Beside it, all that their training says
+  about data and noise levels (Table 1).
+
+  Attributes:
+    sigma_max: noise level at t = 1, in units of the data.
+    sigma_data: standard deviation of the data; the network's input, output and
+      loss are scaled by it.
+    p_mean, p_std: log sigma ~ N(p_mean, p_std^2) in training.
+  """
+
+  sigma_max: float = 80.0
+  sigma_data: float = 0.5
+  p_mean: float = -1.2
+  p_std: float = 1.2
+
+  def __post_init__(self):
+    if not min(self.sigma_max, self.sigma_data, self.p_std) > 0:
+      raise ValueError(
+        'The EDM process needs sigma_max, sigma_data and p_std above 0, not '
+        f'{self.sigma_max}, {self.sigma_data} and {self.p_std}.'
+      )
+
+  def marginal(self, t):
+    t = jnp.asarray(t)
+    return jnp.ones_like(t), self.sigma_max * t
+
+  def coefficients(self, t):
+    t = jnp.asarray(t)
+    return jnp.zeros_like(t), self.sigma_max * jnp.sqrt(2 * t)
 
   def discretize(self, s, t):
     return self.transition(s, t)
@@ -291,4 +334,10 @@ class DDPM(SDE):
     return 1.0
 
 
-SDES = {'ve': VESDE, 'vp': VPSDE, 'subvp': SubVPSDE, 'ddpm': DDPM}
+SDES = {
+  've': VESDE,
+  'vp': VPSDE,
+  'subvp': SubVPSDE,
+  'ddpm': DDPM,
+  'edm': EDM,
+}

@@ -128,6 +128,25 @@ def discrete(config):
   config.training.times = 'grid'
 
 
+def edm(config):
+  """EDM (Karras et al. 2022, Table 2, configuration E) for a preset's network.
+
+  For [-1, 1] images; to follow `vp` and `ddpmpp`, or `ve` and `ncsnpp`, which
+  are that paper's two networks.
+  """
+  config.sde = {'name': 'edm', 'sigma_max': 80.0, 'sigma_data': 0.5}
+  config.sde.update(p_mean=-1.2, p_std=1.2)
+  fourier = config.model.get('embedding_type') == 'fourier'
+  config.model.conditioning = 'edm_fourier' if fourier else 'edm'
+  config.data.centered = True
+  config.training.update(times='lognormal', weighting='edm')
+  # 200M images; a half-life of the average of 0.5M; a warm-up of 10M.
+  config.training.update(reduction='half_sum', batch_size=512, n_iters=390_625)
+  config.training.update(ema_rate=0.99929, ema_warmup=True)
+  config.optim.update(lr=1e-3, warmup=19_531, grad_clip=0.0)
+  config.sampling.update(method='ode', num_steps=18, eps=0.002 / 80)
+
+
 # ----------------------------------------------------------------- networks
 
 _ALL = {

@@ -38,6 +38,7 @@ MILLIONS = {
   've/church_ncsnpp_continuous': 65.57,
   've/ffhq_ncsnpp_continuous': 105.79,
   've/celebahq_ncsnpp_continuous': 105.79,
+  'edm/cifar10_ddpmpp': 55.73,
 }
 # As released: sigma_max or beta_max, levels (0: continuous time), sampling
 # steps, signal-to-noise ratio, batch, thousands of iterations, EMA rate.
@@ -56,6 +57,8 @@ RELEASED = {
   've/ncsn/celeba_1245': (90, 500, 500, 0.128, 128, 1300, 0.999),
   've/ncsnv2/cifar10': (50, 232, 232, 0.176, 128, 1300, 0.999),
   've/ncsnv2/bedroom': (190, 1086, 1086, 0.095, 128, 2400, 0.9999),
+  'edm/cifar10_ddpmpp': (80, 0, 18, 0.16, 512, 390, 0.99929),
+  'edm/cifar10_ncsnpp': (80, 0, 18, 0.16, 512, 390, 0.99929),
 }
 
 

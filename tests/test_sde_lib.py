@@ -12,6 +12,7 @@ CONTINUOUS = [
   sde_lib.VESDE(sigma_min=0.02, sigma_max=7.0),
   sde_lib.VPSDE(),
   sde_lib.SubVPSDE(beta_min=0.2, beta_max=15.0),
+  sde_lib.EDM(),
 ]
 ALL = [*CONTINUOUS, sde_lib.DDPM(num_scales=100)]
 name = lambda sde: type(sde).__name__
@@ -35,7 +36,7 @@ def _sigma64(sde, t):
   return variance if isinstance(sde, sde_lib.SubVPSDE) else np.sqrt(variance)
 
 
-@pytest.mark.parametrize('sde', CONTINUOUS[1:], ids=name)
+@pytest.mark.parametrize('sde', CONTINUOUS[1:3], ids=name)
 @pytest.mark.parametrize('t', [1e-5, 1e-4, 1e-2, 0.5, 1.0])
 def test_sigma_is_accurate_in_float32(sde, t):
   _, sigma = sde.marginal(jnp.float32(t))
@@ -118,6 +119,7 @@ def test_reverse_drifts(sde):
     lambda: sde_lib.VESDE(sigma_min=2.0, sigma_max=1.0),
     lambda: sde_lib.VPSDE(beta_min=-1.0),
     lambda: sde_lib.DDPM(num_scales=20),
+    lambda: sde_lib.EDM(sigma_data=0.0),
   ],
 )
 def test_impossible_processes_are_refused(make):
