@@ -30,6 +30,7 @@ import numpy as np
 
 import data_sources
 import prepare_data
+import toy_data
 from data_sources import Dataset, fingerprint, permutation
 
 # --- Where images come from ---
@@ -104,6 +105,26 @@ def digits(config, split):
   images = np.floor(data.images / 16 * 255 + 0.5).astype(np.uint8)
   images, labels = images[members, ..., None], data.target[members]
   return in_memory(config, images, labels, num_classes=10)
+
+
+def points(config, split):
+  """Float32 points [N, 2] of `toy_data`: 100,000 and 10,000, always the same.
+
+  There are no labels.
+  """
+  if config.dims != 2:
+    raise ValueError(f'{config.dataset} needs data.dims=2, not {config.dims}')
+  seed, n = {'train': (0, 100_000), 'test': (1, 10_000)}[split]
+  rng = np.random.default_rng(seed)
+  x = toy_data.DISTRIBUTIONS[config.dataset].sample(rng, n).astype(np.float32)
+  labels = np.zeros(n, np.int32)
+  return Dataset(
+    name=config.dataset,
+    size=n,
+    read=lambda indices: (x[indices], labels[indices]),
+    num_classes=0,
+    fingerprint=fingerprint(x),
+  )
 
 
 def folder(config, split, *, labelled=True, last_seventh=False):
@@ -231,6 +252,7 @@ DATASETS = {
   'folder': folder,
   'npz': npz,
   'digits': digits,
+  **dict.fromkeys(toy_data.DISTRIBUTIONS, points),
 }
 
 
@@ -389,18 +411,19 @@ def sigma_max(dataset, *, num_images=None, seed=0):
   """Largest Euclidean distance between two images, of values in [0, 1].
 
   The sigma_max of Song & Ermon 2020 (NCSNv2), Technique 1. A random subset of
-  `num_images` gives a lower bound.
+  `num_images` gives a lower bound. Of points, likewise, as they are.
   """
   chosen = np.sort(permutation(len(dataset), seed, 0)[:num_images])
   x = dataset.fetch(chosen).reshape(len(chosen), -1)
+  unit = 255 if x.dtype == np.uint8 else 1
   block = min(1024, max(16, 2**25 // x.shape[1]))  # at most 128 MiB, or 16
   parts = [x[i : i + block] for i in range(0, len(x), block)]
   largest = 0.0
   for i, part in enumerate(parts):
-    a = part.astype(np.float32) / 255
+    a = part.astype(np.float32) / unit
     a_norm = np.sum(a * a, axis=1)
     for other in parts[i:]:
-      b = other.astype(np.float32) / 255
+      b = other.astype(np.float32) / unit
       squared = a_norm[:, None] + np.sum(b * b, axis=1) - 2 * (a @ b.T)
       largest = max(largest, float(squared.max()))
   return math.sqrt(largest)
@@ -418,6 +441,7 @@ def main(argv=None):
   parser.add_argument('--num_channels', type=int, default=3)
   parser.add_argument('--num_images', type=int, help='a random subset')
   parser.add_argument('--manual_dir', help='files that you downloaded')
+  parser.set_defaults(dims=2)  # of points
   args = parser.parse_args(argv)
   try:
     if args.command == 'prepare':

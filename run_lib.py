@@ -29,6 +29,8 @@ import reporting
 
 # Images of the test set whose loss is logged in training, with fixed noise.
 EVAL_IMAGES = 1024
+# Samples in a snapshot's picture: a grid of images, or a cloud of points.
+SNAPSHOT_IMAGES, SNAPSHOT_POINTS = 64, 2048
 # What the loss sees of a batch.
 _FIELDS = ('image', 'label')
 
@@ -129,7 +131,9 @@ def make_train_steps(config, layout):
   base_rng = jax.random.key(config.seed)
   # XLA's gradient of a convolution's kernel is some 30 times slower within a
   # loop on CPUs: there the loops are Python's.
-  on_cpu = jax.default_backend() == 'cpu'
+  shapes = jax.tree.leaves(experiment.abstract_params(config))
+  convolves = any(shape.ndim > 2 for shape in shapes)
+  unrolled = convolves and jax.default_backend() == 'cpu'
 
   def mean_loss(params, rng, batch):
     return jnp.mean(loss_fn(params, rng, batch))
@@ -147,7 +151,7 @@ def make_train_steps(config, layout):
       return jax.tree.map(lambda a, b: a + b / parts, total, value), None
 
     total = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
-    if on_cpu:
+    if unrolled:
       for i in range(parts):
         total, _ = part(total, (i, _row(batch, i)))
       return total
@@ -173,7 +177,7 @@ def make_train_steps(config, layout):
       donate_argnums=0,
     )
 
-  if not on_cpu:
+  if not unrolled:
     scan = lambda state, batches: jax.lax.scan(one_step, state, batches)
     return compiled(scan, layout.microbatches)
 
@@ -348,7 +352,7 @@ def train(config, workdir):
 
     train_steps = make_train_steps(config, layout)
     eval_loss = make_eval_loss(config, layout)
-    sample = make_sample(config, layout, _grid_size())
+    sample = make_sample(config, layout, _snapshot_size(config))
     num_params = sum(v.size for v in jax.tree.leaves(state.params))
     reporting.say(
       f'{config.model.name}, {num_params / 1e6:.2f}M parameters, '
@@ -433,9 +437,10 @@ def _without_ema(state):
 # ---------------------------------------------------------------- sampling
 
 
-def _grid_size():
-  """About 64 samples, as many on every device."""
-  return math.ceil(64 / jax.device_count()) * jax.device_count()
+def _snapshot_size(config):
+  """About as many samples as a picture shows, as many on every device."""
+  n = SNAPSHOT_POINTS if config.data.dims else SNAPSHOT_IMAGES
+  return math.ceil(n / jax.device_count()) * jax.device_count()
 
 
 def make_sample(config, layout, batch_size):

@@ -254,6 +254,21 @@ def ncsn(config):
   config.sampling.final_denoise = False  # a discovery of the year after
 
 
+def mlp(config):
+  """A multilayer perceptron, for points; told of noise as `ncsnpp` is."""
+  fourier = config.sde.name == 've'
+  config.model = {
+    'name': 'mlp',
+    'conditioning': 'sigma' if fourier else 'time',
+    'embedding_type': 'fourier' if fourier else 'positional',
+    'nf': 64,
+    'num_layers': 3,
+    'nonlinearity': 'swish',
+    'fourier_scale': 0.5,
+    'energy': False,  # whether the score is the gradient of a scalar
+  }
+
+
 def annealed(num_scales, *, snr, steps):
   """A preset: annealed Langevin dynamics, `steps` at each noise level."""
 
@@ -295,6 +310,30 @@ celebahq_256 = functools.partial(_256, dataset='celeba_hq')
 celebahq_1024 = functools.partial(_1024, dataset='celeba_hq')
 ffhq_256 = functools.partial(_256, dataset='ffhq')
 ffhq_1024 = functools.partial(_1024, dataset='ffhq')
+
+
+def toy(dataset):
+  """A preset: points in the plane, trained in seconds on a CPU."""
+
+  def preset(config):
+    config.data.update(dataset=f'toy/{dataset}', dims=2, centered=False)
+    config.data.random_flip = False
+    config.training.update(
+      batch_size=512,
+      n_iters=2000,
+      n_jitted_steps=100,
+      log_freq=100,
+      checkpoint_freq=1000,
+      snapshot_freq=2000,
+      ema_rate=0.995,
+      ema_warmup=True,
+    )
+    config.optim.update(lr=2e-3, warmup=100)
+    config.sampling.update(num_steps=200, num_samples=2048)
+    config.eval.update(batch_size=2000, num_samples=10_000, bpd_repeats=1)
+    config.eval.enable_bpd = True
+
+  return preset
 
 
 # -------------------------------------------------------------- composition

@@ -5,6 +5,7 @@ import difflib
 
 from models.classifier import WideResNet
 from models.ddpm import DDPM
+from models.mlp import MLP
 from models.ncsn import NCSN, NCSNv2, NCSNv2_128, NCSNv2_256
 from models.ncsnpp import NCSNpp
 
@@ -16,6 +17,7 @@ MODELS = {
   'ncsnv2_64': NCSNv2,  # the paper's name for it
   'ncsnv2_128': NCSNv2_128,
   'ncsnv2_256': NCSNv2_256,
+  'mlp': MLP,  # of points, not of images
 }
 CLASSIFIERS = {'wideresnet_noise_conditional': WideResNet}
 

@@ -1,0 +1,97 @@
+"""A multilayer perceptron: the score network of points in the plane.
+
+It is told the noise level as NCSN++ and DDPM++ are, is told nothing (the plain
+score network of Hyvarinen 2005), or returns minus the gradient of an energy,
+which is a conservative field (Salimans & Ho 2021, "Should EBMs model the energy
+or the score?").
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from models import layers
+
+
+class _Body(nn.Module):
+  """Dense layers of `nf` features, to `out` numbers."""
+
+  out: int
+  nf: int
+  num_layers: int
+  nonlinearity: str
+  embedding_type: str
+  fourier_scale: float
+
+  @nn.compact
+  def __call__(self, x, cond):
+    act = layers.ACTIVATIONS[self.nonlinearity]
+    temb = None
+    if self.embedding_type == 'fourier':
+      project = layers.GaussianFourierProjection(self.nf, self.fourier_scale)
+      temb = project(jnp.log(cond))
+      # Points that carry much noise would dwarf the others.
+      x = x / jnp.sqrt(1 + cond**2)[:, None]
+    elif self.embedding_type == 'positional':
+      temb = layers.positional_embedding(cond, self.nf)
+    if temb is not None:
+      temb = act(layers.embed_noise(temb, self.nf, act))
+    h = x
+    for _ in range(self.num_layers):
+      h = nn.Dense(self.nf)(h)
+      if temb is not None:
+        h = h + nn.Dense(self.nf)(temb)
+      h = act(h)
+    return nn.Dense(self.out)(h)
+
+
+class MLP(nn.Module):
+  """Dense layers, each with a shift by the embedded noise level.
+
+  Attributes:
+    nf: features of every layer.
+    num_layers: hidden layers.
+    nonlinearity: a key of `layers.ACTIVATIONS`; smooth ones, since score
+      matching takes derivatives.
+    embedding_type: 'fourier' features of log cond; 'positional', sinusoids of
+      cond in 0..999; or 'none', for a network that is not told.
+    fourier_scale: standard deviation of the frequencies.
+    energy: whether the network is a scalar E and the output its gradient.
+  """
+
+  nf: int = 128
+  num_layers: int = 3
+  nonlinearity: str = 'swish'
+  embedding_type: str = 'fourier'
+  fourier_scale: float = 1.0
+  energy: bool = False
+
+  def __post_init__(self):
+    layers.check_choices(
+      self,
+      nonlinearity=layers.ACTIVATIONS,
+      embedding_type=('fourier', 'positional', 'none'),
+    )
+    super().__post_init__()
+
+  @nn.compact
+  def __call__(self, x, cond, *, train):
+    """Field over points x [B, D] at noise levels cond [B]: [B, D].
+
+    `train` has no effect: there is no dropout.
+    """
+    del train
+    body = _Body(
+      out=1 if self.energy else x.shape[-1],
+      nf=self.nf,
+      num_layers=self.num_layers,
+      nonlinearity=self.nonlinearity,
+      embedding_type=self.embedding_type,
+      fourier_scale=self.fourier_scale,
+      name='body',
+    )
+    if not self.energy:
+      return body(x, cond)
+    _, vjp = nn.vjp(lambda body, x: body(x, cond), body, x)
+    _, gradient = vjp(jnp.ones((x.shape[0], 1)))
+    return gradient
