@@ -7,7 +7,6 @@ or the score?").
 """
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from models import layers

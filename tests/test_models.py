@@ -395,7 +395,7 @@ def test_classifier_sees_sigma_and_not_the_scale_of_images():
   ('fields', 'message'),
   [
     ({'name': 'ncsnp'}, "did you mean 'ncsnpp'"),
-    ({'name': 'unet'}, r"known: \['ddpm', 'ncsn'"),
+    ({'name': 'unet'}, r"known: \['ddpm', 'mlp'"),
     ({'name': 'ncsnpp', 'ch_mul': (1,)}, "did you mean 'ch_mult'"),
     ({'name': 'ddpm', 'parent': None}, "field of model 'ddpm': 'parent'"),
     ({'name': 'ncsnpp', 'progressive': 'skip'}, 'none, output_skip, residual'),

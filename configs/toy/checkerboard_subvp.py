@@ -1,6 +1,7 @@
-"""The checkerboard, under sub-VP.
+r"""The checkerboard, under sub-VP.
 
-python main.py --mode train --workdir W --config configs/toy/checkerboard_subvp.py
+python main.py --mode train --workdir W \
+  --config configs/toy/checkerboard_subvp.py
 """
 
 from configs.base import compose, mlp, subvp, toy
