@@ -414,6 +414,14 @@ def image_files(root):
   return sorted(files)
 
 
+def file_size(path):
+  """(height, width) of an image file, from its head."""
+  from PIL import Image
+
+  with Image.open(path) as image:
+    return image.height, image.width
+
+
 def decode_file(path, **fit):
   """One image file as uint8 [H, W, C]; `fit` goes to `fit_image`."""
   from PIL import Image, ImageOps

@@ -174,6 +174,42 @@ def folder(config, split, *, labelled=True, last_seventh=False):
   return decoded(config, decode, len(paths), num_classes, sizes)
 
 
+def anyones(config, path):
+  """All images of an .npz or a folder, to be scored against config.data.
+
+  They must have its size: a score would depend on how they are resized.
+  """
+  path = pathlib.Path(path).expanduser()
+  config = config.copy_and_resolve_references()
+  config.update(dataset='--samples', path=str(path))
+  size = config.image_size
+
+  def check_size(shape, where):
+    if tuple(shape) != (size, size):
+      raise ValueError(
+        f'{where} is {shape[0]}x{shape[1]}, but data.image_size is {size}: '
+        'scores compare images of one size, so resize them yourself'
+      )
+
+  if path.suffix == '.npz' and path.is_file():
+    images, labels, _ = data_sources.read_npz(path, 'all')
+    check_size(images.shape[1:3], path)
+    return in_memory(config, images, labels, num_classes=0)
+  files = data_sources.image_files(path) if path.is_dir() else []
+  if not files:
+    raise FileNotFoundError(
+      f'--samples {path} is neither an .npz nor a folder with images in it.'
+    )
+  paths = [path / file for file in files]
+  data_sources.verify_files(paths)
+  for file in paths:
+    check_size(data_sources.file_size(file), file)
+  decode = lambda i, **fit: (data_sources.decode_file(paths[i], **fit), 0)
+  stats = [(str(f), p.stat()) for f, p in zip(files, paths, strict=True)]
+  identity = [(f, s.st_size, s.st_mtime_ns) for f, s in stats]
+  return decoded(config, decode, len(paths), 0, identity)
+
+
 @dataclasses.dataclass(frozen=True)
 class Prepared:
   """A dataset of tensorflow-datasets, prepared once as array_record.

@@ -1,9 +1,10 @@
 """Evaluation of checkpoints: loss, bits/dim, samples and their metrics.
 
 Work is done in batches, each written whole under a folder whose name says what
-it is of (checkpoint step, and a hash of all that the numbers depend on). A
+it is of (checkpoint step, and a hash of all that the samples depend on). A
 batch that exists is not made again, and nothing else is read: an evaluation
-that was killed goes on where it stopped, and counts nothing twice.
+that was killed goes on where it stopped, and counts nothing twice. Features
+are kept beside the samples, by the network that made them.
 
 With several hosts, sharing the folder, each saves what its devices made.
 """
@@ -25,23 +26,13 @@ import datasets
 import evaluation
 import experiment
 import features
+import references
 import reporting
 import run_lib
-from models import inception_weights
-
-METRICS = (
-  'test_loss', 'bits_per_dim', 'fid', 'kid', 'is_1_split', 'is_10_splits',
-  'precision', 'recall', 'density', 'coverage',
-)  # fmt: skip
 
 
 def _config_dict(config):
   return json.loads(config.to_json_best_effort())
-
-
-def _barrier(name):
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
 
 
 def _host_file(folder, name, host=None):
@@ -75,11 +66,12 @@ def bits_per_dim(config, params, dataset, layout, folder):
   )
   batch, repeats = config.eval.batch_size, config.eval.bpd_repeats
   num_batches = math.ceil(len(dataset) / batch)
+  name = f'bpd_{config.eval.bpd_eps:g}'
   progress = reporting.Progress('bits/dim', repeats * num_batches, 'batches')
   passes, nfe = [], []
   for repeat in range(repeats):
     paths = [
-      _host_file(folder, f'bpd_{repeat}_{number}')
+      _host_file(folder, f'{name}_{repeat}_{number}')
       for number in range(num_batches)
     ]
     missing = [i for i, path in enumerate(paths) if not _all_have(path)]
@@ -124,8 +116,30 @@ def _local(array):
   return np.concatenate([np.asarray(shards[k]) for k in sorted(shards)])
 
 
+def _feature_file(folder, name, extract, host=None):
+  """Where a host keeps the features of its part of a batch."""
+  logits = '-logits' if getattr(extract, 'with_logits', False) else ''
+  name = f'{name}-{features.identity_of(extract)}{logits}'
+  return _host_file(folder, name, host)
+
+
+def _read_features(folder, names, extract, count):
+  """Yields what all hosts' files hold of the first `count` images."""
+  for name in names:
+    for host in range(jax.process_count()):
+      part = evaluation.load_npz(_feature_file(folder, name, extract, host))
+      part = {key: rows[:count] for key, rows in part.items()}
+      count -= len(part['pool_3'])
+      if len(part['pool_3']):
+        yield part
+
+
 def _make_batches(config, params, layout, folder, extract):
-  """Makes (this host's part of) all batches of samples; returns their names."""
+  """Makes (this host's part of) all batches of samples and their features.
+
+  Returns:
+    The batches' names.
+  """
   batch = config.eval.batch_size
   sample = jax.jit(
     experiment.make_sampler(config, batch),
@@ -147,183 +161,137 @@ def _make_batches(config, params, layout, folder, extract):
           'help.'
         )
       images = datasets.to_uint8(_local(images), config.sampling.rounding)
-      outputs = extract(images)
-      arrays = {k: v for k, v in outputs.items() if v is not None}
-      evaluation.save_npz(path, images=images, nfe=np.asarray(nfe), **arrays)
+      evaluation.save_npz(path, images=images, nfe=np.asarray(nfe))
+    scored = _feature_file(folder, name, extract)
+    if not scored.is_file():
+      images = evaluation.load_npz(path)['images']
+      evaluation.save_npz(scored, **features.outputs_of(images, extract))
     progress((number + 1) * batch)
-  _barrier('samples')
   return names
 
 
-def _read_batches(names, folder, count):
-  """The first `count` samples of all hosts' files, as arrays by name."""
+def _read_samples(folder, names, count):
+  """The first `count` images, and the mean NFE of all batches."""
   files = [
     evaluation.load_npz(_host_file(folder, name, host))
     for name in names
     for host in range(jax.process_count())
   ]
-  keys = [k for k in files[0] if k != 'nfe']
-  arrays = {k: np.concatenate([f[k] for f in files])[:count] for k in keys}
-  return arrays, float(np.mean([f['nfe'] for f in files]))
-
-
-def extractor(config):
-  """The Inception network of config.eval, on this host's devices."""
-  params = inception_weights.load_weights(config.eval.inception_path or None)
-  return features.FeatureExtractor(
-    params, variant=config.eval.inception_variant
-  )
-
-
-# --------------------------------------------------------------- references
-
-
-def _stats_path(config, dataset):
-  if config.eval.stats_path:
-    return pathlib.Path(config.eval.stats_path)
-  name = (
-    f'{dataset.name.replace("/", "_")}_{config.data.image_size}_'
-    f'{config.eval.inception_variant}_{dataset.fingerprint[:16]}.npz'
-  )
-  return data_sources.cache_dir() / 'stats' / name
-
-
-def reference(config, extract=None):
-  """Statistics of the training images, computed if they are not there yet.
-
-  Raises:
-    ValueError: those at config.eval.stats_path are of other images, another
-      resolution or another variant.
-  """
-  dataset = datasets.load(config.data, 'train')
-  path = _stats_path(config, dataset)
-  if not path.is_file():
-    if config.eval.stats_path:
-      raise FileNotFoundError(
-        f'config.eval.stats_path={path} does not exist: make it with '
-        '--mode stats, or leave it empty.'
-      )
-    stats(config, path, extract)
-  found = features.load_stats(path)
-  features.check_compatible(
-    found,
-    variant=config.eval.inception_variant,
-    resolution=config.data.image_size,
-    fingerprint=dataset.fingerprint,
-  )
-  return found
-
-
-def stats(config, path=None, extract=None):
-  """Computes and stores statistics of the raw training images, each once.
-
-  Args:
-    config: its data and eval sections say of what and how.
-    path: the .npz to write; None for config.eval.stats_path, or the cache.
-    extract: a feature extractor; None for the Inception network.
-  """
-  dataset = datasets.load(config.data, 'train')
-  path = pathlib.Path(path or _stats_path(config, dataset))
-  extract = extract or extractor(config)
-  host, hosts = jax.process_index(), jax.process_count()
-  mine = np.arange(host, len(dataset), hosts)
-  progress = reporting.Progress('reference features', len(mine), 'images')
-  part = features.compute_stats(
-    (dataset.fetch(mine[i : i + 256]) for i in range(0, len(mine), 256)),
-    extract,
-    num_features=10_000 // hosts,
-    progress=progress,
-  )
-  part_path = lambda i: path.with_suffix(f'.host_{i}.npz')
-  part.save(part_path(host))
-  _barrier('stats')
-  if host == 0:
-    whole = features.merge_stats(
-      [features.load_stats(part_path(i)) for i in range(hosts)]
-    )
-    # Named by the dataset, which is known without reading all its images.
-    dataclasses.replace(whole, fingerprint=dataset.fingerprint).save(path)
-    for i in range(hosts):
-      part_path(i).unlink()
-    reporting.say(f'Statistics of {whole.count} images are in {path}.')
-  _barrier('stats_written')
+  images = np.concatenate([file['images'] for file in files])
+  return images[:count], float(np.mean([file['nfe'] for file in files]))
 
 
 # --------------------------------------------------------------------- eval
-
-
-def _versions():
-  return {m.__name__: m.__version__ for m in (jax, flax, np)}
 
 
 def _write_json(path, value):
   checkpoints.write_text(path, json.dumps(value, indent=1) + '\n')
 
 
-def _metrics(scores):
+def _scores(config, folder, names, extract, reference, count):
+  """Metrics, as dicts, of the first `count` images; on the first host only."""
+  references.barrier('features')
+  if jax.process_index():
+    return {}
+  scores = features.score_samples(
+    _read_features(folder, names, extract, count),
+    reference,
+    seed=config.seed,
+    allow_few=config.eval.allow_few_samples,
+  )
   return {name: dataclasses.asdict(metric) for name, metric in scores.items()}
+
+
+def _provenance(config, tools):
+  """What a number needs beside it to be trusted, and made again."""
+  facts = {'seed': config.seed}
+  if 'reference' in tools:
+    facts['inception_variant'] = features.variant_of(tools['extract'])
+    facts['reference'] = {
+      key: getattr(tools['reference'], key, None)
+      for key in ('count', 'fingerprint')
+    }
+  versions = {m.__name__: m.__version__ for m in (jax, flax, np)}
+  return facts | {'config': _config_dict(config), 'versions': versions}
+
+
+def _tools(config, workdir):
+  """The feature extractor and the reference statistics, before long work."""
+  extract = references.extractor(config)
+  reference = references.reference(config, workdir, extract)
+  return {'extract': extract, 'reference': reference}
+
+
+def _say_if_few(config, count, reference):
+  """Tells at once that there will be no FID."""
+  few = reference and evaluation.too_few(count, reference.dimensions)
+  if few and not config.eval.allow_few_samples:
+    reporting.say(f'warning: no FID: {few}')
 
 
 def _evaluate_step(config, step, params, layout, folder, tools):
   """All that config.eval asks for of one checkpoint, as a dict."""
   result = {'step': step}
-  test_set = datasets.load(config.data, 'test')
+  test_set = tools['test_set']
   if config.eval.enable_loss:
     path = folder / 'loss.json'
-    if not path.is_file():
+    if not _all_have(path):
       loss = run_lib.test_loss(
         tools['loss'], params, test_set, config.eval.batch_size, layout
       )
       metric = evaluation.Metric(value=loss, count=len(test_set))
-      _write_json(path, dataclasses.asdict(metric))
+      if jax.process_index() == 0:
+        _write_json(path, dataclasses.asdict(metric))
+      references.barrier('loss')
     result['test_loss'] = json.loads(path.read_text())
   if config.eval.enable_bpd:
     result['bits_per_dim'] = bits_per_dim(
       config, params, test_set, layout, folder
     )
   if config.eval.enable_sampling:
-    names = _make_batches(config, params, layout, folder, tools['extract'])
-    arrays, nfe = _read_batches(names, folder, config.eval.num_samples)
-    scores = evaluation.score_samples(
-      arrays['pool_3'],
-      arrays.get('logits'),
-      tools['reference'],
-      seed=config.seed,
-      allow_few=config.eval.allow_few_samples,
-    )
-    result |= {'nfe': nfe} | _metrics(scores)
+    count, extract = config.eval.num_samples, tools['extract']
+    names = _make_batches(config, params, layout, folder, extract)
+    result |= {'sampler': _config_dict(config)['sampling'], 'count': count}
+    result |= _scores(config, folder, names, extract, tools['reference'], count)
     if jax.process_index() == 0:
-      grid = folder / 'samples.png'
-      reporting.save_grid(grid, arrays['images'][:64])
-      reporting.say(f'Samples are in {grid}.')
+      images, result['nfe'] = _read_samples(folder, names, count)
+      reporting.save_grid(folder / 'samples.png', images[:64])
+      reporting.say(f'Samples are in {folder}/samples.png.')
   return result
 
 
-# Sections that numbers depend on, besides the checkpoint.
-_SECTIONS = ('seed', 'data', 'sde', 'model', 'training', 'sampling', 'eval')
-_IRRELEVANT = ('checkpoint', 'inception_path', 'stats_path', 'path')
-
-
-def _identity(config):
-  """Eight hexadecimal digits of all that the numbers depend on."""
-  parts = {k: v for k, v in _config_dict(config).items() if k in _SECTIONS}
-  for section in parts.values():
-    if isinstance(section, dict):
-      for key in _IRRELEVANT:
-        section.pop(key, None)
-  for key in list(parts['training']):
-    if key not in ('times', 'weighting', 'reduction', 'eps'):
-      parts['training'].pop(key)
-  text = json.dumps([parts, jax.process_count()], sort_keys=True)
+def _digest(*parts):
+  """Eight hexadecimal digits of plain values."""
+  text = json.dumps(parts, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _identity(config, *more):
+  """Eight hexadecimal digits of all that samples, loss and bits/dim depend on.
+
+  Not the number of samples: a larger one adds to those that are there.
+  """
+  parts = _config_dict(config)
+  keep = {
+    'training': ('times', 'weighting', 'reduction', 'eps'),
+    'eval': ('batch_size',),
+    'data': [k for k in parts['data'] if k != 'path'],
+    'sampling': [k for k in parts['sampling'] if k != 'num_samples'],
+  }
+  parts |= {
+    section: {key: parts[section][key] for key in keys}
+    for section, keys in keep.items()
+  }
+  del parts['optim']
+  return _digest(parts, jax.process_count(), *more)
 
 
 def evaluate(config, workdir, eval_folder='eval'):
   """Evaluates the checkpoints that config.eval.checkpoint names.
 
-  Writes workdir/eval_folder/step_N-HASH/result.json, with config, step, seed,
-  counts, sampler, NFE and versions beside the metrics; samples.png there; and
-  a table and curves over all results in the folder.
+  Writes workdir/eval_folder/step_N-HASH/result-HASH.json, with config, step,
+  seed, counts, sampler, NFE and versions beside the metrics; samples.png there;
+  and a table and curves over all results in the folder.
 
   Raises:
     FileNotFoundError, ValueError: no such checkpoint, data or weights; it
@@ -336,111 +304,74 @@ def evaluate(config, workdir, eval_folder='eval'):
     steps = saved.select(config.eval.checkpoint)
     checkpoints.claim_workdir(config, workdir, write=False)
     layout = run_lib.make_layout()
-    tools = {'loss': run_lib.make_eval_loss(config, layout)}
+    tools = {
+      'loss': run_lib.make_eval_loss(config, layout),
+      'test_set': datasets.load(config.data, 'test'),
+    }
     if config.eval.enable_sampling:
-      tools['extract'] = extractor(config)
-      tools['reference'] = reference(config, tools['extract'])
+      tools |= _tools(config, workdir)
+      _say_if_few(config, config.eval.num_samples, tools['reference'])
     like = run_lib.replicated(experiment.abstract_params(config), layout)
+    identity = _identity(config, tools['test_set'].fingerprint)
+    facts = _provenance(config, tools)
+    # What else the result depends on, but not which checkpoints and where.
+    settings = dict(facts['config']['eval'])
+    for key in ('checkpoint', 'inception_path', 'stats_path'):
+      del settings[key]
+    name = _digest(settings, facts.get('inception_variant'))
     for step in steps:
-      folder = workdir / eval_folder / f'step_{step}-{_identity(config)}'
+      folder = workdir / eval_folder / f'step_{step}-{identity}'
       folder.mkdir(parents=True, exist_ok=True)
       params = saved.restore(step, like, 'ema')
       reporting.say(f'Checkpoint {step}: results go to {folder}.')
       result = _evaluate_step(config, step, params, layout, folder, tools)
-      result |= {
-        'seed': config.seed,
-        'sampler': _config_dict(config)['sampling'],
-        'inception_variant': config.eval.inception_variant,
-        'config': _config_dict(config),
-        'versions': _versions(),
-      }
       if jax.process_index() == 0:
-        _write_json(folder / 'result.json', result)
+        _write_json(folder / f'result-{name}.json', result | facts)
+      references.barrier(f'step_{step}')
   if jax.process_index() == 0:
-    _summarize(workdir / eval_folder)
-
-
-def _read_images(path, data):
-  """All images of a folder or an .npz, uint8 [N, H, W, C]."""
-  path = pathlib.Path(path)
-  fit = {'size': data.image_size, 'channels': data.num_channels}
-  if path.suffix == '.npz':
-    images, _, _ = data_sources.read_npz(path, 'all')
-    return data_sources.fit_array(images, where=str(path), **fit)
-  files = data_sources.image_files(path) if path.is_dir() else []
-  if not files:
-    raise FileNotFoundError(
-      f'--samples {path} is neither an .npz nor a folder with images in it.'
-    )
-  return np.stack(
-    [data_sources.decode_file(path / file, **fit) for file in files]
-  )
+    folder = workdir / eval_folder
+    paths = sorted(folder.glob('step_*-*/result-*.json'))
+    reporting.save_results(folder, [json.loads(p.read_text()) for p in paths])
 
 
 def evaluate_images(config, workdir, path, eval_folder='eval'):
   """Scores images of anyone's, a folder or an .npz, against config.data.
 
-  Writes workdir/eval_folder/NAME.json.
+  They are taken in a fixed random order, since they may lie in order of
+  classes. Writes workdir/eval_folder/NAME.json.
   """
-  images = _read_images(path, config.data)
-  extract = extractor(config)
-  wanted = reference(config, extract)
-  outputs = extract(
-    images, reporting.Progress('features', len(images), 'images')
+  images = datasets.anyones(config.data, path)
+  tools = _tools(config, workdir)
+  _say_if_few(config, len(images), tools['reference'])
+  extract, batch = tools['extract'], config.eval.batch_size
+  host, hosts = jax.process_index(), jax.process_count()
+  path, out = pathlib.Path(path), pathlib.Path(workdir) / eval_folder
+  key = _digest(images.fingerprint, batch, hosts)
+  folder = out / f'images_{path.stem}-{key}'
+  names = [f'images_{i}' for i in range(math.ceil(len(images) / batch))]
+  order = data_sources.permutation(len(images), 0, 0)
+  progress = reporting.Progress('features', len(images), 'images')
+  for number, name in enumerate(names):
+    file = _feature_file(folder, name, extract)
+    members = order[number * batch : (number + 1) * batch]
+    if not file.is_file():
+      mine = members[host::hosts]
+      # A host without a share of a small batch shows the others the format.
+      some = images.fetch(mine if len(mine) else members)
+      outputs = features.outputs_of(some, extract)
+      outputs = {k: rows[: len(mine)] for k, rows in outputs.items()}
+      evaluation.save_npz(file, **outputs)
+    progress(number * batch + len(members))
+  result = {'images': str(path), 'count': len(images)}
+  result |= {'fingerprint': images.fingerprint}
+  result |= _scores(
+    config, folder, names, extract, tools['reference'], len(images)
   )
-  scores = evaluation.score_samples(
-    outputs['pool_3'],
-    outputs['logits'],
-    wanted,
-    seed=config.seed,
-    allow_few=config.eval.allow_few_samples,
-  )
-  result = {
-    'images': str(path),
-    **_metrics(scores),
-    'inception_variant': config.eval.inception_variant,
-    'config': _config_dict(config),
-    'versions': _versions(),
-  }
-  if jax.process_index() == 0:
-    out = (
-      pathlib.Path(workdir) / eval_folder / f'{pathlib.Path(path).stem}.json'
-    )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _write_json(out, result)
-    _print_table([result])
-    reporting.say(f'Results are in {out}.')
-
-
-def _show(metric):
-  if metric['value'] is None:
-    return metric.get('note') or 'not available'
-  text = f'{metric["value"]:.4f}'
-  if metric.get('std_error'):
-    text += f' +- {metric["std_error"]:.4f}'
-  return f'{text}  (N = {metric["count"]})'
-
-
-def _print_table(results):
-  for result in results:
-    what = result.get('images') or f'step {result["step"]}'
-    reporting.say(f'--- {what}')
-    for name in METRICS:
-      if name in result:
-        reporting.say(f'{name:>14}  {_show(result[name])}')
-
-
-def _summarize(folder):
-  """Table, JSON and curves of all results under a folder."""
-  results = [
-    json.loads(path.read_text())
-    for path in sorted(folder.glob('step_*-*/result.json'))
-  ]
-  results.sort(key=lambda result: result['step'])
-  _print_table(results)
-  _write_json(folder / 'results.json', results)
-  reporting.save_curves(folder / 'results.png', results, METRICS)
-  reporting.say(f'All results are in {folder}/results.json and .png.')
+  if host == 0:
+    result |= _provenance(config, tools)
+    _write_json(out / f'{path.stem}.json', result)
+    reporting.say(reporting.table([result]))
+    reporting.say(f'Results are in {out / path.stem}.json.')
 
 
 # ------------------------------------------------------------------- sample

@@ -27,9 +27,9 @@ import numpy as np
 # Below this, FID depends more on the count than on the samples.
 ENOUGH_SAMPLES = 10_000
 NO_LOGITS = (
-  'The Inception weights at hand end at pool_3, without the logits that '
-  'Inception Score needs; pt_inception-2015-12-05-6726825d.pth of '
-  'pytorch-fid has them.'
+  'Inception Score needs logits, but the weights at hand end at pool_3; '
+  'pt_inception-2015-12-05-6726825d.pth of pytorch-fid has them '
+  '(config.eval.inception_path).'
 )
 
 
@@ -40,7 +40,7 @@ class Metric:
   Attributes:
     value: None if it cannot be had, for the reason in `note`.
     count: of samples.
-    std_error: of `value` over subsets or samples, where it is known.
+    std_error: of `value`, for other samples of the same model.
     std: over splits or subsets; papers print this one after IS.
     note: what a reader should know, or ''.
   """
@@ -161,11 +161,55 @@ def frechet_distance(
   return max(float(np.sum((mu1 - mu2) ** 2) + trace), 0.0)
 
 
-def fid(samples, reference, *, allow_few: bool = False) -> Metric:
+def frechet_std_error(samples, reference, features: np.ndarray) -> float:
+  """Standard error of the Frechet distance, to first order in 1 / N.
+
+  A sample x moves the distance by its influence / N, which is (delta method)
+    2 (mu1 - mu2).d + d.(I - T) d, less its mean,   d = x - mu1,
+  where T = S1^(-1/2) (S1^(1/2) S2 S1^(1/2))^(1/2) S1^(-1/2) is the optimal
+  transport of one Gaussian to the other: I - T is the gradient of the
+  distance by S1. The reference counts as fixed, and the bias of few samples
+  is not part of it; where the distance is mostly bias, this is too large.
+
+  Args:
+    samples, reference: as in `fid`.
+    features: some of the samples', [n, D].
+  """
+  values, vectors = np.linalg.eigh(samples.sigma)
+  root = np.sqrt(np.maximum(values, 0))
+  inverse = np.where(root > 1e-6 * root[-1], 1 / np.maximum(root, 1e-300), 0)
+  root, inverse = ((vectors * v) @ vectors.T for v in (root, inverse))
+  values, vectors = np.linalg.eigh(root @ reference.sigma @ root)
+  middle = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+  gradient = np.eye(len(root)) - inverse @ middle @ inverse
+  d = np.float64(features) - samples.mu
+  influence = 2 * d @ (samples.mu - reference.mu) + (d @ gradient * d).sum(1)
+  return float(influence.std(ddof=1) / np.sqrt(samples.count))
+
+
+def too_few(count: int, dims: int) -> str:
+  """Why there is no FID of so few images, or ''."""
+  if count > dims:
+    return ''
+  return (
+    f'{count} images cannot fill a covariance of {dims} dimensions, so '
+    f'their FID says little: use at least {dims + 1} (50,000 is usual), or '
+    'allow few (config.eval.allow_few_samples).'
+  )
+
+
+def fid(
+  samples,
+  reference,
+  *,
+  features: np.ndarray | None = None,
+  allow_few: bool = False,
+) -> Metric:
   """Frechet distance between samples and reference.
 
   Args:
     samples, reference: `Moments` or `ReferenceStats`, of any features.
+    features: some of the samples' features [n, D], for the standard error.
     allow_few: permit no more samples than features have dimensions.
 
   Raises:
@@ -178,19 +222,20 @@ def fid(samples, reference, *, allow_few: bool = False) -> Metric:
     )
   known = [m.count for m in (samples, reference) if m.count is not None]
   count, note = min(known), ''
-  if count <= dims and not allow_few:
-    raise ValueError(
-      f'{count} images cannot fill a covariance of {dims} dimensions, so '
-      f'their FID says little; use at least {dims + 1} (50,000 is usual), '
-      'or allow few.'
-    )
+  if too_few(count, dims) and not allow_few:
+    raise ValueError(too_few(count, dims))
   if count < ENOUGH_SAMPLES:
     note = f'FID of {count} images is biased upwards; 50,000 are usual.'
     warnings.warn(note, stacklevel=2)
   value = frechet_distance(
     samples.mu, samples.sigma, reference.mu, reference.sigma
   )
-  return Metric(value=value, count=samples.count, note=note)
+  std_error = None
+  if features is not None and not too_few(count, dims):
+    std_error = frechet_std_error(samples, reference, features)
+  return Metric(
+    value=value, count=samples.count, std_error=std_error, note=note
+  )
 
 
 # --- Metrics of features and logits -------------------------------------------
@@ -220,6 +265,9 @@ def kid(
 ) -> Metric:
   """Kernel distance with k(x, y) = (x.y / D + 1)^3 (Binkowski et al. 2018).
 
+  Subsets are drawn as torch-fidelity draws them, whose seed is 2020. They
+  overlap: the standard error is that of as many as are disjoint.
+
   Args:
     real, fake: features [N, D], [M, D].
     subsets: how many pairs of subsets, drawn with `seed`, are averaged.
@@ -230,22 +278,28 @@ def kid(
       f'KID draws subsets of {subset_size} images, but there are only '
       f'{len(real)} real and {len(fake)} generated.'
     )
-  rng = np.random.default_rng(seed)
+  rng = np.random.RandomState(seed)  # NumPy promises never to change it.
   values = []
   for _ in range(subsets):
     x, y = (
       np.float64(f[rng.choice(len(f), subset_size, replace=False)])
-      for f in (real, fake)
+      for f in (fake, real)
     )
     values.append(_squared_mmd(x, y))
-  return _over(np.array(values), len(fake))
+  metric = _over(np.array(values), len(fake))
+  if metric.std_error is None:
+    return metric
+  disjoint = min(subsets, len(fake) // subset_size)
+  std = np.std(values, ddof=1)
+  return dataclasses.replace(metric, std_error=float(std / np.sqrt(disjoint)))
 
 
 def inception_score(logits: np.ndarray | None, *, splits: int = 10) -> Metric:
   """exp(E KL(p(y|x) || p(y))) (Salimans et al. 2016).
 
   Papers differ in `splits`: ten consecutive parts averaged, or one, as Song
-  et al. 2021.
+  et al. 2021. One has a standard error too, by the delta method: p(y) moves
+  the score only in second order, so it is that of the mean of KL.
 
   Args:
     logits: [N, 1008], or None if the weights have none.
@@ -266,7 +320,11 @@ def inception_score(logits: np.ndarray | None, *, splits: int = 10) -> Metric:
     log_p_y = np.log(p_y_x.mean(axis=0))
     divergence = (p_y_x * (log_p_y_x - log_p_y)).sum(axis=1)
     scores.append(np.exp(divergence.mean()))
-  return _over(np.array(scores), len(x))
+  metric = _over(np.array(scores), len(x))
+  if splits > 1:
+    return metric
+  std_error = metric.value * divergence.std() / np.sqrt(len(x))
+  return dataclasses.replace(metric, std_error=float(std_error))
 
 
 def _squared_distances(
@@ -338,57 +396,7 @@ def density_coverage(
   }
 
 
-def score_samples(
-  features: np.ndarray,
-  logits: np.ndarray | None,
-  reference,
-  *,
-  seed: int = 0,
-  allow_few: bool = False,
-) -> dict[str, Metric]:
-  """Every metric that the samples and the reference permit.
-
-  Those that need more images than there are, or features that the reference
-  does not hold, have no value but a note that says so.
-
-  Args:
-    features: of samples, [N, D].
-    logits: of samples, [N, 1008] or None.
-    reference: `features.ReferenceStats`.
-    seed: of KID's subsets.
-    allow_few: see `fid`.
-
-  Returns:
-    'fid', 'is_1_split', 'is_10_splits', 'kid', 'precision', 'recall',
-    'density', 'coverage'.
-  """
-  moments = Moments()
-  moments.update(features)
-  count = len(features)
-
-  def attempt(metric, *args, **kwargs):
-    try:
-      return metric(*args, **kwargs)
-    except ValueError as error:
-      return Metric(value=None, count=count, note=str(error))
-
-  metrics = {
-    'fid': attempt(fid, moments, reference, allow_few=allow_few),
-    'is_1_split': attempt(inception_score, logits, splits=1),
-    'is_10_splits': attempt(inception_score, logits, splits=10),
-  }
-  real = reference.features
-  neighbours = ('precision', 'recall', 'density', 'coverage')
-  if real is None:
-    note = 'The reference statistics hold no features.'
-    missing = Metric(value=None, count=count, note=note)
-    return metrics | dict.fromkeys(('kid', *neighbours), missing)
-  metrics['kid'] = attempt(kid, real, features, seed=seed)
-  # Shares of neighbours depend on the counts: keep them equal.
-  equal = min(len(real), count)
-  for function in (precision_recall, density_coverage):
-    metrics |= function(real[:equal], features[:equal])
-  return metrics
+# --- Files --------------------------------------------------------------------
 
 
 def save_npz(path: str | os.PathLike, **arrays: Any) -> None:

@@ -8,7 +8,9 @@ the wrong reference is a number like any other.
 
 import dataclasses
 import hashlib
+import importlib
 import os
+import pathlib
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -48,6 +50,9 @@ class FeatureExtractor:
     """
     inception.find_variant(variant)  # Fails here rather than at first use.
     self.variant = variant
+    self.with_logits = 'fc' in params
+    network = {k: v for k, v in params.items() if k != 'fc'}
+    self.identity = f'{variant}-{_digest(network)}'
     devices = jax.local_devices()
     if batch_size is None:
       on_cpu = devices[0].platform == 'cpu'
@@ -59,7 +64,7 @@ class FeatureExtractor:
     self._split = NamedSharding(mesh, P('data'))  # and its part of a batch.
     self._batch_size = -(-batch_size // len(devices)) * len(devices)
     self._params = jax.device_put(params, everywhere)
-    network = inception.InceptionV3(with_logits='fc' in params)
+    network = inception.InceptionV3(with_logits=self.with_logits)
     self._apply = jax.jit(
       lambda params, images: network.apply(
         {'params': params}, inception.preprocess(images, variant)
@@ -99,17 +104,66 @@ class FeatureExtractor:
     return jax.tree.map(lambda *x: np.concatenate(x), *batches)
 
 
+def _digest(params: dict[str, Any]) -> str:
+  """Eight hexadecimal digits of the arrays in a pytree."""
+  digest = hashlib.sha256()
+  for leaf in jax.tree.leaves(params):
+    digest.update(np.ascontiguousarray(leaf))
+  return digest.hexdigest()[:8]
+
+
 # What metrics need of an extractor: uint8 [N, H, W, C] -> [N, D], or a dict
-# with those as 'pool_3'. Users' own are welcome.
+# with those as 'pool_3' (and, for Inception Score, 'logits'). Users' own are
+# welcome.
 Extract = Callable[[np.ndarray], Any]
+
+
+def find_extractor(name: str) -> Extract:
+  """A user's function, by 'module:function'.
+
+  Its `variant`, by which features and statistics know it, carries a hash of
+  the module's file, so that those of an earlier version are not used.
+
+  Raises:
+    ValueError: there is no such module or function.
+  """
+  module_name, _, function_name = name.partition(':')
+  try:
+    module = importlib.import_module(module_name)
+    function = getattr(module, function_name)
+    source = pathlib.Path(module.__file__).read_bytes()
+  except (ImportError, AttributeError, TypeError, ValueError) as error:
+    raise ValueError(
+      f'config.eval.extractor={name!r} is no module:function that can be '
+      f'imported: {error}'
+    ) from None
+  digest = hashlib.sha256(source).hexdigest()[:8]
+
+  def extract(images):
+    return function(images)
+
+  extract.variant = f'{name.replace(":", ".")}-{digest}'
+  return extract
+
+
+def outputs_of(images: np.ndarray, extract: Extract) -> dict[str, np.ndarray]:
+  """'pool_3' [N, D], and 'logits' if there are any, by any extractor."""
+  outputs = extract(images)
+  if not isinstance(outputs, dict):
+    outputs = {'pool_3': outputs}
+  outputs = {k: np.asarray(v) for k, v in outputs.items() if v is not None}
+  for name, value in outputs.items():
+    if value.ndim != 2 or len(value) != len(images):
+      raise ValueError(
+        f'The extractor made {name} of shape {value.shape} from '
+        f'{len(images)} images; it should be [{len(images)}, D].'
+      )
+  return outputs
 
 
 def features_of(images: np.ndarray, extract: Extract) -> np.ndarray:
   """Features [N, D] by Inception or a user's own extractor."""
-  features = extract(images)
-  if isinstance(features, dict):
-    features = features['pool_3']
-  return np.asarray(features)
+  return outputs_of(images, extract)['pool_3']
 
 
 # --- Reference statistics -----------------------------------------------------
@@ -157,6 +211,11 @@ class ReferenceStats:
   fingerprint: str | None = None
   features: np.ndarray | None = None
 
+  @property
+  def dimensions(self) -> int:
+    """D."""
+    return len(self.mu)
+
   def save(self, path: str | os.PathLike) -> None:
     """Writes an .npz that pytorch-fid and EDM read too (mu, sigma)."""
     fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -185,10 +244,6 @@ def compute_stats(
   kept, keys = None, None
   for images in batches:
     features = features_of(images, extract)
-    if len(features) != len(images):
-      raise ValueError(
-        f'The extractor made {len(features)} features of {len(images)} images.'
-      )
     moments.update(features)
     digest = fingerprint(images, digest)
     sizes.add(images.shape[1])
@@ -221,8 +276,13 @@ def variant_of(extract: Extract) -> str:
   return getattr(extract, 'variant', name)
 
 
+def identity_of(extract: Extract) -> str:
+  """A name, fit for files, of all that an extractor's features depend on."""
+  return getattr(extract, 'identity', variant_of(extract))
+
+
 def merge_stats(parts: list[ReferenceStats]) -> ReferenceStats:
-  """Statistics of all hosts' shards together."""
+  """Statistics of shards, of hosts or of one run after another, together."""
   moments, digest = evaluation.Moments(), 0
   for part in parts:
     check_compatible(
@@ -281,7 +341,8 @@ def check_compatible(stats: ReferenceStats, **wanted: Any) -> None:
 
   Args:
     stats: the reference.
-    **wanted: any of variant, resolution, fingerprint, with their values.
+    **wanted: any of dimensions, variant, resolution, fingerprint, with their
+      values.
   """
   for name, want in wanted.items():
     have = getattr(stats, name)
@@ -293,6 +354,72 @@ def check_compatible(stats: ReferenceStats, **wanted: Any) -> None:
       )
     elif have != want:
       raise ValueError(
-        f'The reference statistics have the {name} {have}, not {want}; '
-        'compute them anew with --mode stats.'
+        f'The reference statistics have the {name} {have}, not {want}: '
+        'compute them anew with --mode stats, or leave out '
+        'config.eval.stats_path.'
       )
+
+
+# --- All metrics at once ------------------------------------------------------
+
+
+def score_samples(
+  batches: Iterable[dict[str, np.ndarray]],
+  reference: ReferenceStats,
+  *,
+  seed: int = 0,
+  allow_few: bool = False,
+) -> dict[str, evaluation.Metric]:
+  """Every metric that the samples and the reference permit.
+
+  FID takes all samples, a batch at a time; KID and neighbours as many as the
+  reference has features. Those that need more images than there are, or
+  features that the reference does not hold, have no value but a note that
+  says so.
+
+  Args:
+    batches: dicts with 'pool_3', [n, D], and perhaps 'logits', [n, 1008].
+    reference: what they are compared with.
+    seed: of KID's subsets.
+    allow_few: see `fid`.
+
+  Returns:
+    'fid', 'is_1_split', 'is_10_splits', 'kid', 'precision', 'recall',
+    'density', 'coverage'.
+  """
+  real = reference.features
+  most = evaluation.ENOUGH_SAMPLES if real is None else len(real)
+  moments, kept, logits = evaluation.Moments(), [], []
+  for batch in batches:
+    room = max(most - moments.count, 0)
+    moments.update(batch['pool_3'])
+    kept.append(batch['pool_3'][:room])
+    if 'logits' in batch:
+      logits.append(batch['logits'])
+  fake = np.concatenate(kept)
+  logits = np.concatenate(logits) if logits else None
+
+  def attempt(metric, *args, **kwargs):
+    try:
+      return metric(*args, **kwargs)
+    except ValueError as error:
+      return evaluation.Metric(value=None, count=moments.count, note=str(error))
+
+  metrics = {
+    'fid': attempt(
+      evaluation.fid, moments, reference, features=fake, allow_few=allow_few
+    ),
+    'is_1_split': attempt(evaluation.inception_score, logits, splits=1),
+    'is_10_splits': attempt(evaluation.inception_score, logits, splits=10),
+  }
+  neighbours = ('precision', 'recall', 'density', 'coverage')
+  if real is None:
+    note = 'The reference statistics hold no features.'
+    missing = evaluation.Metric(value=None, count=moments.count, note=note)
+    return metrics | dict.fromkeys(('kid', *neighbours), missing)
+  metrics['kid'] = attempt(evaluation.kid, real, fake, seed=seed)
+  # Shares of neighbours depend on the counts: keep them equal.
+  equal = min(len(real), len(fake))
+  for function in (evaluation.precision_recall, evaluation.density_coverage):
+    metrics |= function(real[:equal], fake[:equal])
+  return metrics

@@ -37,6 +37,7 @@ flags.mark_flags_as_required(['config', 'workdir', 'mode'])
 
 def run():
   import eval_lib
+  import references
   import run_lib
 
   config, workdir = FLAGS.config, FLAGS.workdir
@@ -52,7 +53,7 @@ def run():
     case 'sample':
       eval_lib.sample(config, workdir)
     case 'stats':
-      eval_lib.stats(config)
+      references.stats(config, workdir)
     case 'import':
       run_lib.import_released(config, workdir, FLAGS.checkpoint)
     case 'export':

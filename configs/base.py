@@ -81,6 +81,7 @@ def base():
         'num_samples': 50_000,
         'inception_path': '',  # weights; '': the cache, or a download
         'inception_variant': 'tensorflow',  # models.inception.VARIANTS
+        'extractor': '',  # a 'module:function' of yours in Inception's place
         'stats_path': '',  # reference statistics; '': computed and kept
         'allow_few_samples': False,  # a FID of fewer than 2,049 samples
       },

@@ -9,8 +9,10 @@ from PIL import Image
 import checkpoints
 import datasets
 import eval_lib
+import evaluation
 import experiment
 import features
+import references
 import released
 import run_lib
 from tests import golden, tiny
@@ -45,47 +47,102 @@ def run(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_inception(monkeypatch, tmp_path):
   monkeypatch.setenv('SCORE_SDE_CACHE', str(tmp_path / 'cache'))
-  monkeypatch.setattr(eval_lib, 'extractor', lambda config: Pixels())
+  monkeypatch.setattr(references, 'extractor', lambda config: Pixels())
+
+
+def only_result(folder):
+  (path,) = folder.glob('result-*.json')
+  return path, json.loads(path.read_text())
 
 
 def test_evaluation_goes_on_where_it_stopped(run, capsys):
   config, workdir = run
   eval_lib.evaluate(config, workdir)
   (folder,) = (workdir / 'eval').glob('step_*')
-  first = json.loads((folder / 'result.json').read_text())
+  path, first = only_result(folder)
   assert first['fid']['count'] == 250 and first['fid']['value'] > 0
+  assert first['fid']['std_error'] > 0
   assert first['test_loss']['count'] == first['bits_per_dim']['count'] == 297
   assert first['bits_per_dim']['repeats'] == 2
-  assert first['nfe'] == 4
-  assert first['config']['eval']['num_samples'] == 250
+  assert (first['step'], first['seed'], first['nfe']) == (8, 42, 4)
+  assert first['sampler']['predictor'] == 'reverse_diffusion'
+  assert first['config']['eval']['num_samples'] == first['count'] == 250
+  assert first['inception_variant'] == 'tensorflow'
+  assert first['reference']['count'] == 1500
+  assert set(first['versions']) == {'jax', 'flax', 'numpy'}
   assert first['is_1_split']['value'] is None and first['is_1_split']['note']
   assert 'fid' in capsys.readouterr().out
   assert (folder / 'samples.png').is_file()
-  assert (workdir / 'eval' / 'results.png').is_file()
+  for name in ('results.png', 'results.txt', 'results.json'):
+    assert (workdir / 'eval' / name).is_file()
 
   # Killed after most batches: only what is missing is made again.
-  (folder / 'result.json').unlink()
-  (folder / 'samples_1.npz').unlink()
+  path.unlink()
+  for file in folder.glob('samples_1*.npz'):
+    file.unlink()
   # What another evaluation left behind is not read.
   np.savez(folder / 'samples_7.npz', pool_3=np.full((100, 6), 1e6))
   Pixels.calls = 0
   eval_lib.evaluate(config, workdir)
-  assert Pixels.calls == 1
-  second = json.loads((folder / 'result.json').read_text())
+  assert Pixels.calls == 2  # A batch, and the one image that tells D.
+  _, second = only_result(folder)
   for metric in ('fid', 'test_loss', 'bits_per_dim'):
     assert first[metric] == second[metric]
 
 
+def test_more_samples_are_added_to_those_that_are_there(run, monkeypatch):
+  """Nor does a better network need new samples: only their features."""
+  config, workdir = run
+  config = config.copy_and_resolve_references()
+  config.eval.update(enable_loss=False, enable_bpd=False, num_samples=150)
+  eval_lib.evaluate(config, workdir, 'grown')
+  config.eval.update(num_samples=250, enable_loss=True)
+  Pixels.calls = 0
+  eval_lib.evaluate(config, workdir, 'grown')
+  assert Pixels.calls == 2
+  results = json.loads((workdir / 'grown' / 'results.json').read_text())
+  assert [r['count'] for r in results] == [150, 250]
+  (folder,) = (workdir / 'grown').glob('step_*')
+  made = {path: path.stat().st_mtime_ns for path in folder.glob('*_?.npz')}
+  assert len(made) == 3
+
+  class WithLogits(Pixels):
+    with_logits = True
+
+    def __call__(self, images, progress=None):
+      return super().__call__(images) | {'logits': np.ones((len(images), 4))}
+
+  monkeypatch.setattr(references, 'extractor', lambda config: WithLogits())
+  eval_lib.evaluate(config, workdir, 'grown')
+  assert made == {path: path.stat().st_mtime_ns for path in made}
+  result = json.loads((workdir / 'grown' / 'results.json').read_text())[-1]
+  assert result['is_10_splits']['value'] == pytest.approx(1)
+
+
 def test_other_samplers_have_folders_of_their_own(run):
   config, workdir = run
-  before = eval_lib._identity(config)
-  other = config.copy_and_resolve_references()
-  other.sampling.num_steps = 5
-  assert eval_lib._identity(other) != before
-  elsewhere = config.copy_and_resolve_references()
-  elsewhere.eval.stats_path = 'somewhere'
-  elsewhere.training.log_freq = 1
-  assert eval_lib._identity(elsewhere) == before
+  before = eval_lib._identity(config, 'digits')
+  assert eval_lib._identity(config, 'other images') != before
+  for key, value in {
+    'sampling.num_steps': 5,
+    'sampling.rounding': 'truncate',
+    'seed': 1,
+    'eval.batch_size': 50,
+    'training.weighting': 'likelihood',
+  }.items():
+    other = config.copy_and_resolve_references()
+    other.update_from_flattened_dict({key: value})
+    assert eval_lib._identity(other, 'digits') != before
+  for key, value in {
+    'eval.stats_path': 'somewhere',
+    'eval.num_samples': 7,
+    'eval.enable_bpd': False,
+    'training.log_freq': 9,
+    'data.path': 'elsewhere',
+  }.items():
+    other = config.copy_and_resolve_references()
+    other.update_from_flattened_dict({key: value})
+    assert eval_lib._identity(other, 'digits') == before
 
 
 def test_no_checkpoint_is_an_error_not_a_wait(run, tmp_path):
@@ -101,25 +158,73 @@ def test_no_checkpoint_is_an_error_not_a_wait(run, tmp_path):
 def test_statistics_of_something_else_are_refused(run, tmp_path):
   config, _ = run
   config = config.copy_and_resolve_references()
-  config.eval.stats_path = str(tmp_path / 'stats.npz')
+  path = tmp_path / 'stats.npz'
+  config.eval.stats_path = str(path)
+  extract = Pixels()
   with pytest.raises(FileNotFoundError, match='--mode stats'):
-    eval_lib.reference(config)
-  eval_lib.stats(config)
-  found = features.load_stats(config.eval.stats_path)
+    references.reference(config, tmp_path, extract)
+  references.stats(config, tmp_path)
+  found = features.load_stats(path)
   train = datasets.load(config.data, 'train')
   assert found.count == 1500 and found.fingerprint == train.fingerprint
   images = np.float64(Pixels()(train.fetch(np.arange(1500)))['pool_3'])
   np.testing.assert_allclose(found.mu, images.mean(0), rtol=1e-5)
-  assert eval_lib.reference(config).count == 1500
-  config.eval.inception_variant = 'pytorch_fid'
-  with pytest.raises(ValueError, match='variant'):
-    eval_lib.reference(config)
+  assert references.reference(config, tmp_path, extract).count == 1500
+  arrays = evaluation.load_npz(path)
+  for name, value in {
+    'variant': 'pytorch_fid',
+    'resolution': 32,
+    'fingerprint': '0',
+  }.items():
+    evaluation.save_npz(path, **(arrays | {name: value}))
+    with pytest.raises(ValueError, match=f'the {name} {value}, not'):
+      references.reference(config, tmp_path, extract)
+  foreign = {'mu': found.mu[:4], 'sigma': found.sigma[:4, :4]}
+  evaluation.save_npz(path, **foreign)
+  with pytest.raises(ValueError, match='the dimensions 4, not 6'):
+    references.reference(config, tmp_path, extract)
+  evaluation.save_npz(path, mu=found.mu, sigma=found.sigma)
+  with pytest.warns(UserWarning, match='do not say their fingerprint'):
+    references.reference(config, tmp_path, extract)
+
+
+def test_statistics_go_on_where_they_stopped(run, tmp_path, monkeypatch):
+  """Killed in the third chunk, they take the first two from disk."""
+  config, _ = run
+  config = config.copy_and_resolve_references()
+  config.eval.stats_path = str(tmp_path / 'whole.npz')
+  references.stats(config, tmp_path)
+  monkeypatch.setattr(references, 'CHUNK', 512)
+  config.eval.stats_path = str(tmp_path / 'resumed.npz')
+
+  class Killed(Pixels):
+    def __call__(self, images, progress=None):
+      if Pixels.calls == 5:  # Of 256 images each.
+        raise KeyboardInterrupt
+      return super().__call__(images, progress)
+
+  Pixels.calls = 0
+  with pytest.raises(KeyboardInterrupt):
+    references.stats(config, tmp_path, Killed())
+  Pixels.calls = 0
+  references.stats(config, tmp_path)
+  assert Pixels.calls == 4  # Of the last 988 images.
+  whole, resumed = (
+    features.load_stats(tmp_path / f'{name}.npz')
+    for name in ('whole', 'resumed')
+  )
+  assert whole.count == resumed.count == 1500
+  np.testing.assert_allclose(resumed.mu, whole.mu)
+  np.testing.assert_allclose(resumed.sigma, whole.sigma)
+  rows = lambda stats: sorted(stats.features.tolist())
+  assert rows(resumed) == rows(whole)
+  assert not list((tmp_path / 'stats').iterdir())
 
 
 @pytest.mark.parametrize('kind', ['npz', 'folder'])
 def test_anyones_images_are_scored(run, tmp_path, kind):
   config, _ = run
-  images = datasets.load(config.data, 'test').fetch(np.arange(40))
+  images = datasets.load(config.data, 'test').fetch(np.arange(240))
   path = tmp_path / ('theirs.npz' if kind == 'npz' else 'theirs')
   if kind == 'npz':
     np.savez(path, arr_0=images)
@@ -129,9 +234,49 @@ def test_anyones_images_are_scored(run, tmp_path, kind):
       Image.fromarray(image[..., 0]).save(path / f'{i:03}.png')
   eval_lib.evaluate_images(config, tmp_path, path)
   result = json.loads((tmp_path / 'eval' / 'theirs.json').read_text())
-  assert result['fid']['count'] == 40
+  assert result['fid']['count'] == result['count'] == 240
+  # The FID of the same features, whatever their order.
+  train = datasets.load(config.data, 'train').fetch(np.arange(1500))
+  moments = [evaluation.Moments(), evaluation.Moments()]
+  for m, x in zip(moments, (images, train), strict=True):
+    m.update(Pixels()(x)['pool_3'])
+  with pytest.warns(UserWarning, match='240 images'):
+    want = evaluation.fid(*moments).value
+  assert result['fid']['value'] == pytest.approx(want, rel=1e-4)
+
+  # Killed between batches, it goes on; changed images are other images.
+  Pixels.calls = 0
+  file = sorted((tmp_path / 'eval').glob('images_theirs-*/*.npz'))[1]
+  file.unlink()
+  eval_lib.evaluate_images(config, tmp_path, path)
+  assert Pixels.calls == 2
+  again = json.loads((tmp_path / 'eval' / 'theirs.json').read_text())
+  assert again['fid'] == result['fid']
+  if kind == 'npz':
+    np.savez(path, arr_0=255 - images)
+  else:
+    Image.fromarray(255 - images[0, ..., 0]).save(path / '000.png')
+  eval_lib.evaluate_images(config, tmp_path, path)
+  again = json.loads((tmp_path / 'eval' / 'theirs.json').read_text())
+  assert again['fid'] != result['fid'] and again['count'] == 240
+
+
+def test_images_that_do_not_fit_are_refused(run, tmp_path):
+  """Scores depend on how images are resized: that is left to their owner."""
+  config, _ = run
   with pytest.raises(FileNotFoundError, match='--samples'):
     eval_lib.evaluate_images(config, tmp_path, tmp_path / 'nothing')
+  np.savez(tmp_path / 'large.npz', images=np.zeros((3, 16, 16, 1), np.uint8))
+  with pytest.raises(ValueError, match='16x16, but data.image_size is 8'):
+    eval_lib.evaluate_images(config, tmp_path, tmp_path / 'large.npz')
+  (tmp_path / 'large').mkdir()
+  picture = Image.fromarray(np.zeros((16, 8), np.uint8))
+  picture.save(tmp_path / 'large' / 'a.png')
+  with pytest.raises(ValueError, match=r'a\.png is 16x8, but'):
+    eval_lib.evaluate_images(config, tmp_path, tmp_path / 'large')
+  np.savez(tmp_path / 'rgb.npz', images=np.zeros((3, 8, 8, 3), np.uint8))
+  with pytest.raises(ValueError, match='num_channels is 1'):
+    eval_lib.evaluate_images(config, tmp_path, tmp_path / 'rgb.npz')
 
 
 def test_sample_writes_images(run):

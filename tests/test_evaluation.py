@@ -1,4 +1,17 @@
-"""Metrics against closed forms, and against torch-fidelity 0.4.0."""
+"""Metrics against closed forms, torch-fidelity 0.4.0 and pytorch-fid 0.3.0.
+
+Theirs are numbers here, printed where those are installed by
+
+  from torch_fidelity import metric_fid, metric_isc, metric_kid
+  real, fake, logits = (torch.from_numpy(x) for x in make_clouds())
+  s = [metric_fid.fid_features_to_statistics(x) for x in (fake, real)]
+  metric_fid.fid_statistics_to_metric(*s, False)
+  fid_score.calculate_frechet_distance(  # of pytorch_fid
+    fake.numpy().mean(0), np.cov(fake.T), real.numpy().mean(0), np.cov(real.T))
+  metric_kid.kid_features_to_metric(
+    fake, real, kid_subsets=20, kid_subset_size=100, rng_seed=2020)
+  metric_isc.isc_features_to_metric(logits, splits=10, shuffle=False)
+"""
 
 import itertools
 
@@ -69,6 +82,52 @@ def test_fid_of_gaussian_clouds():
   got = evaluation.fid(moments_of(a), moments_of(b))
   assert got.value == pytest.approx(4 * (0.5**2 + 0.5**2), rel=0.01)
   assert got.count == 100_000 and got.note == ''
+
+
+@pytest.mark.parametrize('mean, scale', [(0.0, 1.5), (0.7, 1.0), (0.3, 0.8)])
+def test_standard_error_of_fid_in_closed_form(mean, scale):
+  """In one dimension FID = (m1 - m2)^2 + (s1 - s2)^2.
+
+  Its variance over samples of a Gaussian is (4 (m1 - m2)^2 s1^2 +
+  2 (s1 - s2)^2 s1^2) / N.
+  """
+  rng = np.random.default_rng(3)
+  x = mean + scale * rng.standard_normal((100_000, 1))
+  reference = moments_of(rng.standard_normal((100_000, 1)))
+  got = evaluation.fid(moments_of(x), reference, features=x)
+  want = scale * np.sqrt((4 * mean**2 + 2 * (scale - 1) ** 2) / 100_000)
+  assert got.std_error == pytest.approx(want, rel=0.02)
+
+
+@pytest.mark.filterwarnings('ignore:FID of')
+def test_standard_error_of_fid_is_that_of_repetitions():
+  """With a common factor, skewed features, and a part of them only."""
+  rng = np.random.default_rng(11)
+  mix = rng.standard_normal((16, 16)) / 4
+  reference = moments_of(rng.gamma(1, size=(20_000, 16)) @ mix)
+  found = []
+  for _ in range(60):
+    x = 1.3 * rng.gamma(1, size=(600, 16)) @ mix + 0.2
+    found.append(evaluation.fid(moments_of(x), reference, features=x[:400]))
+  spread = np.std([metric.value for metric in found], ddof=1)
+  got = np.mean([metric.std_error for metric in found])
+  assert got == pytest.approx(spread, rel=0.2)  # 60 give the spread to 9%.
+  few = evaluation.fid(
+    moments_of(x[:9]), reference, features=x[:9], allow_few=True
+  )
+  assert few.std_error is None
+
+
+def test_standard_error_of_one_inception_score():
+  """As the spread of repetitions."""
+  rng = np.random.default_rng(12)
+  found = [
+    evaluation.inception_score(2 * rng.standard_normal((500, 10)), splits=1)
+    for _ in range(100)
+  ]
+  spread = np.std([metric.value for metric in found], ddof=1)
+  got = np.mean([metric.std_error for metric in found])
+  assert got == pytest.approx(spread, rel=0.2)
 
 
 def test_fid_says_when_images_are_few():
@@ -155,19 +214,29 @@ def test_bad_features_and_files_are_refused(tmp_path):
 # --- Equal to torch-fidelity on the same features and subsets -----------------
 
 
-@pytest.fixture(scope='module')
-def clouds():
+def make_clouds():
+  """Features of real images and of samples, and logits."""
   rng = np.random.default_rng(0)
   real = rng.gamma(2.0, 1.0, (400, 16))
   fake = rng.gamma(2.2, 0.9, (400, 16))
   return real, fake, 4 * rng.standard_normal((400, 20))
 
 
+@pytest.fixture(scope='module')
+def clouds():
+  return make_clouds()
+
+
 @pytest.mark.filterwarnings('ignore:FID of')
-def test_fid_equals_torch_fidelity(clouds):
+@pytest.mark.parametrize(
+  'theirs',
+  [0.9204768957620146, 0.9204768957619862],
+  ids=['torch-fidelity', 'pytorch-fid'],
+)
+def test_fid_equals_that_of_others(clouds, theirs):
   real, fake, _ = clouds
   got = evaluation.fid(moments_of(fake), moments_of(real))
-  assert got.value == pytest.approx(0.9204768957620288, rel=1e-8)
+  assert got.value == pytest.approx(theirs, rel=1e-10)
 
 
 def test_kid_equals_torch_fidelity(clouds):
@@ -176,6 +245,14 @@ def test_kid_equals_torch_fidelity(clouds):
   got = evaluation.kid(real, fake, subsets=1, subset_size=400)
   assert got.value == pytest.approx(0.22516885660365915, rel=1e-8)
   assert got.std_error is None
+
+
+def test_kid_equals_torch_fidelity_on_its_subsets(clouds):
+  """The same seed draws the same subsets."""
+  real, fake, _ = clouds
+  got = evaluation.kid(real, fake, subsets=20, subset_size=100, seed=2020)
+  assert got.value == pytest.approx(-0.1329879713518352, rel=1e-10)
+  assert got.std == pytest.approx(1.6263958620666754, rel=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -205,9 +282,10 @@ def test_kid_is_unbiased_and_knows_its_error():
   a, b = rng.standard_normal((2, 1000, 8))
   same = evaluation.kid(a, b, subsets=50, subset_size=100)
   assert abs(same.value) < 5 * same.std_error < 0.1
-  assert same.std_error == pytest.approx(same.std / 7)  # sqrt(50 - 1)
+  # Of 1000 images, ten subsets are disjoint; 49 / 50 is in `std` for ddof.
+  assert same.std_error == pytest.approx(same.std * np.sqrt(50 / 49 / 10))
   far = evaluation.kid(a, b + 0.5, subsets=50, subset_size=100)
-  assert far.value > 20 * far.std_error
+  assert far.value > 10 * far.std_error
   assert same == evaluation.kid(a, b, subsets=50, subset_size=100)
   assert same != evaluation.kid(a, b, subsets=50, subset_size=100, seed=1)
   with pytest.raises(ValueError, match='1000 real and 99'):

@@ -1,5 +1,6 @@
 """Features and statistics of datasets, with a small network for Inception's."""
 
+import importlib
 import subprocess
 import sys
 
@@ -148,12 +149,49 @@ def test_any_function_is_an_extractor(images):
     got = evaluation.fid(moments, stats)
   shift = (255 - 2 * stats.mu) ** 2
   assert got.value == pytest.approx(shift.sum(), rel=1e-6)
-  with pytest.raises(ValueError, match='1 features of 23'):
+  with pytest.raises(ValueError, match=r'shape \(1, 4\) from 23'):
     features.compute_stats([images], lambda x: np.ones((1, 4)))
   with pytest.raises(ValueError, match='no images'):
     features.compute_stats([], mean_colour)
   with pytest.raises(ValueError, match='height'):
     features.compute_stats([images, images[:, :5]], mean_colour)
+
+
+def test_an_extractor_by_name(tmp_path, monkeypatch, images):
+  """'module:function' of the user's; an edited file is another extractor."""
+  monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.delitem(sys.modules, 'mine', raising=False)
+  file = tmp_path / 'mine.py'
+  file.write_text('def red(images):\n  return images[..., 0].mean((1, 2))\n')
+  extract = features.find_extractor('mine:red')
+  with pytest.raises(ValueError, match=r'\[23, D\]'):
+    features.features_of(images, extract)
+  file.write_text('def red(x):\n  return x.mean((1, 2))[:, :1]\n')
+  del sys.modules['mine']
+  monkeypatch.setattr(sys, 'dont_write_bytecode', True)
+  importlib.invalidate_caches()
+  again = features.find_extractor('mine:red')
+  got = features.features_of(images, again)
+  np.testing.assert_allclose(got[:, 0], images[..., 0].mean((1, 2)))
+  name = features.identity_of(again)
+  assert name.startswith('mine.red-') and name != features.identity_of(extract)
+  for bad in ('mine', 'mine:blue', 'absent:red', ':'):
+    with pytest.raises(ValueError, match='no module:function') as error:
+      features.find_extractor(bad)
+    assert '\n' not in str(error.value)
+
+
+def test_identity_of_a_network_is_of_its_weights(monkeypatch):
+  """Up to pool_3: the last layer changes no features."""
+  monkeypatch.setattr(inception, 'InceptionV3', Tiny)
+  identity = lambda params, **kwargs: features.identity_of(
+    features.FeatureExtractor(params, **kwargs)
+  )
+  params = tiny_params()
+  assert identity(params) == identity(tiny_params(False))
+  assert identity(params) != identity(params, variant='pytorch_fid')
+  changed = jax.tree.map(lambda x: x * 1.01, params)
+  assert identity(params) != identity(changed)
 
 
 def test_shards_merge_to_the_whole(images):
@@ -224,7 +262,13 @@ def test_scores_of_samples():
     [np.uint8(rng.integers(0, 256, (1100, 2, 2, 1)))], lambda _: real
   )
   logits = rng.standard_normal((1100, 3))
-  got = evaluation.score_samples(fake, logits, stats)
+  got = features.score_samples(
+    [
+      {'pool_3': fake[:300], 'logits': logits[:300]},
+      {'pool_3': fake[300:], 'logits': logits[300:]},
+    ],
+    stats,
+  )
   assert all(metric.value is not None for metric in got.values())
   assert got['fid'].value < 0.05 and abs(got['kid'].value) < 0.01
   assert got['precision'].value > 0.8 and got['is_10_splits'].std > 0
@@ -238,13 +282,13 @@ def test_scores_that_cannot_be_had_say_why():
   stats = features.ReferenceStats(
     mu=real.mean(axis=0), sigma=np.cov(real.T), count=100, features=real
   )
-  got = evaluation.score_samples(fake, None, stats)
+  got = features.score_samples([{'pool_3': fake}], stats)
   assert 'at least 9' in got['fid'].note and '1000' in got['kid'].note
   assert 'pool_3' in got['is_10_splits'].note
   assert got['fid'].value is None and got['fid'].count == 8
   assert got['coverage'].value is not None
   bare = features.ReferenceStats(mu=stats.mu, sigma=stats.sigma)
   with pytest.warns(UserWarning, match='8 images'):
-    got = evaluation.score_samples(fake, None, bare, allow_few=True)
+    got = features.score_samples([{'pool_3': fake}], bare, allow_few=True)
   assert got['fid'].value > 0
   assert 'no features' in got['recall'].note and got['kid'].value is None

@@ -89,7 +89,39 @@ def test_large_images_are_not_enlarged(tmp_path):
     assert picture.size == (602, 602)
 
 
-def test_curves(tmp_path):
+def result(step, nfe, fid, **sampler):
+  return {
+    'step': step,
+    'nfe': nfe,
+    'count': 100,
+    'inception_variant': 'tensorflow',
+    'sampler': {'method': 'pc', 'num_steps': nfe, 'num_samples': 64} | sampler,
+    'fid': {'value': fid, 'std_error': 0.25, 'note': 'FID of 100 images.'},
+    'is_1_split': {'value': None, 'note': 'no logits'},
+  }
+
+
+@pytest.fixture
+def axes(monkeypatch):
+  """What is drawn, kept from being closed."""
+  from matplotlib import pyplot as plt
+
+  figures = []
+  monkeypatch.setattr(plt, 'close', figures.append)
+  yield lambda: figures[-1].axes
+  monkeypatch.undo()
+  plt.close('all')
+
+
+def drawn(ax):
+  """{label: ([x], [y])} of an axis."""
+  return {
+    bars.get_label(): tuple(list(v) for v in bars[0].get_data())
+    for bars in ax.containers
+  }
+
+
+def test_curves(tmp_path, axes):
   results = [
     {'step': 1, 'nfe': 10, 'fid': {'value': 9.0, 'std_error': None}},
     {'step': 2, 'loss': {'value': 0.5, 'std_error': 0.1}},
@@ -99,6 +131,59 @@ def test_curves(tmp_path):
   with Image.open(path) as picture:
     # Panels of loss, FID, and FID against NFE.
     assert picture.size == (1200, 300)
+  loss, fid, fid_nfe = axes()
+  assert list(drawn(loss).values()) == [([2], [0.5])]
+  assert fid.get_xlabel() == 'step' and fid_nfe.get_xlabel() == 'NFE'
+
+
+def test_each_sampler_has_its_line(tmp_path, axes):
+  """Against NFE those with other steps are one line; against step they differ.
+
+  Settings that do not vary are not in the legend.
+  """
+  results = [
+    result(8, 10, 9.0, predictor='none'),
+    result(8, 20, 5.0, predictor='none'),
+    result(8, 5, 7.0, predictor='heun'),
+    result(8, 15, 4.0, predictor='heun'),
+    result(4, 10, 20.0, predictor='none'),
+  ]
+  reporting.save_curves(tmp_path / 'curves.png', results, ['fid'])
+  over_steps, over_nfe = axes()
+  assert drawn(over_nfe) == {
+    'none, step 8': ([10, 20], [9, 5]),
+    'heun, step 8': ([5, 15], [7, 4]),
+    'none, step 4': ([10], [20]),
+  }
+  assert drawn(over_steps)['num_steps 10, none'] == ([4, 8], [20, 9])
+  assert len(drawn(over_steps)) == 4
+  shown = [text.get_text() for text in over_nfe.get_legend().get_texts()]
+  assert shown == list(drawn(over_nfe))
+
+
+def test_table(tmp_path, capsys):
+  results = [
+    result(8, 20, 5.0, predictor='none'),
+    result(4, 10, 12.3456, predictor='none'),
+  ]
+  reporting.save_results(tmp_path, results)
+  lines = (tmp_path / 'results.txt').read_text().splitlines()
+  assert [' '.join(line.split()) for line in lines] == [
+    'of settings NFE N fid is_1_split',
+    'step 4 num_steps 10 10 100 12.346 +- 0.25 n/a',
+    'step 8 num_steps 20 20 100 5 +- 0.25 n/a',
+    'fid: FID of 100 images.',
+    'is_1_split: no logits',
+  ]
+  assert lines[1].index('12.346') == lines[0].index('fid')
+  assert '\n'.join(lines) in capsys.readouterr().out
+  saved = json.loads((tmp_path / 'results.json').read_text())
+  assert [r['step'] for r in saved] == [4, 8]
+  assert sorted(path.name for path in tmp_path.iterdir()) == [
+    'results.json',
+    'results.png',
+    'results.txt',
+  ]
 
 
 def test_no_curves_of_nothing(tmp_path):
