@@ -10,15 +10,15 @@ that a busy machine is fair to both.
 """
 
 import argparse
-import importlib.util
+import pathlib
 import time
-from unittest import mock
 
 import numpy as np
 import scipy.linalg
 
 import evaluation
 import features
+from benchmarks import comparison
 from models import inception_weights
 
 
@@ -34,33 +34,6 @@ def fastest(functions, rounds):
   return [min(t) for t in times], results
 
 
-def pytorch_fid_network(arrays):
-  """pytorch-fid's network with our weights: uint8 NHWC -> [N, 2048]."""
-  import pytorch_fid.inception
-  import torch
-
-  state = {k: torch.tensor(v) for k, v in arrays.items()}
-  for name in list(state):
-    if name.endswith('.bn.bias'):
-      state[name.replace('bias', 'weight')] = torch.ones_like(state[name])
-  state.setdefault('fc.weight', torch.zeros(1008, 2048))
-  state.setdefault('fc.bias', torch.zeros(1008))
-  with mock.patch.object(
-    pytorch_fid.inception, 'load_state_dict_from_url', lambda *_, **__: state
-  ):
-    network = pytorch_fid.inception.InceptionV3([3]).eval()
-
-  @torch.inference_mode()
-  def extract(images, batch_size):
-    outputs = []
-    for i in range(0, len(images), batch_size):
-      x = torch.from_numpy(images[i : i + batch_size]).permute(0, 3, 1, 2)
-      outputs.append(network(x.float() / 255)[0][:, :, 0, 0].numpy())
-    return np.concatenate(outputs)
-
-  return extract
-
-
 def time_features(args):
   rng = np.random.default_rng(0)
   shape = (args.images, args.resolution, args.resolution, 3)
@@ -68,8 +41,9 @@ def time_features(args):
   path = args.weights or inception_weights.find_weights()
   params = inception_weights.load_weights(path)
   theirs = None
-  if all(importlib.util.find_spec(m) for m in ('torch', 'pytorch_fid')):
-    theirs = pytorch_fid_network(inception_weights.read_arrays(path))
+  if comparison.installed('torch', 'pytorch_fid'):
+    arrays = inception_weights.read_arrays(pathlib.Path(path))
+    theirs = comparison.pytorch_fid_network(arrays)
   print(f'\nInception features of {args.images} images, images/s')
   print('batch      ours   pytorch-fid   largest difference')
   for size in args.batch_sizes:
