@@ -237,12 +237,20 @@ def make_sampler(config, batch_size, *, wrap=None):
 
 
 def make_bits_per_dim(config):
-  """bits_per_dim(params, rng, image) -> ([B], nfe, success).
+  """bits_per_dim(params, rng, image) -> ([B], [B], nfe, success).
 
-  For uint8 images, dequantised uniformly: the bits/dim of the 8-bit data are
-  bounded from above by those of the density over [0, 256) (Theis et al. 2016).
+  The bits/dim and their standard errors over probes, see `Likelihood`. uint8
+  images are dequantised uniformly: the bits/dim of the 8-bit data are bounded
+  from above by those of the density over [0, 256) (Theis et al. 2016). Those of
+  points are of their density as it is.
   """
-  sde, data = make_sde(config).continuous, config.data
+  sde, data, options = make_sde(config).continuous, config.data, config.eval
+  draw = _choose(
+    likelihood.PROBES | {'exact': None}, options.bpd_trace, 'eval.bpd_trace'
+  )
+  if options.bpd_probes < 1:
+    raise ValueError('config.eval.bpd_probes must be at least 1.')
+  width = 256 if data.dims else 2 if data.centered else 1
 
   def bits_per_dim(params, rng, image):
     rng_data, rng_probe = jax.random.split(rng)
@@ -257,17 +265,56 @@ def make_bits_per_dim(config):
       make_score_fn(config, params, continuous=True),
       sde,
       x,
-      likelihood.rademacher(rng_probe, x.shape),
-      eps=config.eval.bpd_eps,
+      draw and draw(rng_probe, (options.bpd_probes, *x.shape)),
+      eps=options.bpd_eps,
       rtol=config.sampling.rtol,
       atol=config.sampling.atol,
     )
-    bits = likelihood.bits_per_dim(
-      result.logp, x[0].size, data_width=2 if data.centered else 1
-    )
-    return bits, result.nfe, result.success
+    bits = likelihood.bits_per_dim(result.logp, x[0].size, data_width=width)
+    error = result.std_error / likelihood.nats_per_bit(x[0].size)
+    return bits, error, result.nfe, result.success
 
   return bits_per_dim
+
+
+def make_encoder(config):
+  """encode(params, image) -> (z, nfe, success).
+
+  z [B, H, W, C] are the latent codes of uint8 images (or points), at t = 1; the
+  images are put at t = sampling.eps, where `make_decoder` ends.
+  """
+  sde, options = make_sde(config).continuous, config.sampling
+
+  def encode(params, image):
+    x = datasets.preprocess(
+      jax.random.key(0),  # Not used: nothing here is random.
+      image,
+      random_flip=False,
+      uniform_dequantization=False,
+      centered=config.data.centered,
+    )
+    return likelihood.encode(
+      make_score_fn(config, params, continuous=True),
+      sde,
+      x,
+      eps=options.eps,
+      rtol=options.rtol,
+      atol=options.atol,
+    )
+
+  return encode
+
+
+def make_decoder(config, batch_size):
+  """decode(params, z) -> (images, nfe, success), the inverse of the encoder.
+
+  The probability-flow ODE, whatever samples are made by, with no denoising at
+  its end.
+  """
+  config = config.copy_and_resolve_references()
+  config.sampling.update(method='ode', final_denoise=False)
+  sample = make_sampler(config, batch_size)
+  return lambda params, z: sample(params, jax.random.key(0), z)
 
 
 def check(config):
@@ -275,6 +322,7 @@ def check(config):
   make_score_fn(config, None)
   make_loss_fn(config, train=True)
   make_sampler(config, 1)
+  make_bits_per_dim(config)
   training = config.training
   if training.grad_accumulation < 1 or training.n_jitted_steps < 1:
     raise ValueError(

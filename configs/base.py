@@ -65,7 +65,7 @@ def base():
         'ancestral_variance': 'forward',  # or 'posterior'
         'probability_flow': False,  # predictors follow the ODE
         'final_denoise': True,
-        'rtol': 1e-5,
+        'rtol': 1e-5,  # of adaptive steps, in likelihoods too
         'atol': 1e-5,
         'num_samples': 64,  # of --mode sample
         'rounding': 'half_up',  # or 'truncate', as the paper's release
@@ -76,6 +76,8 @@ def base():
         'enable_loss': True,
         'enable_bpd': False,
         'bpd_eps': 1e-5,
+        'bpd_trace': 'rademacher',  # likelihood.PROBES, or 'exact' (few dims)
+        'bpd_probes': 1,  # of 2 or more the error is known
         'bpd_repeats': 5,  # passes over the test set, each dequantised anew
         'enable_sampling': True,
         'num_samples': 50_000,

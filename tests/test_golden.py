@@ -155,9 +155,9 @@ def test_drift_and_divergence(case):
   compute = jax.jit(
     functools.partial(likelihood.drift_and_divergence, score_of(case), sde)
   )
-  drift, divergence = compute(g['x'], g['t'], g['hutchinson_eps'])
+  drift, divergence = compute(g['x'], g['t'], g['hutchinson_eps'][None])
   near(drift, g['pf_drift'])
-  near(divergence, g['pf_div'], 1e-4)
+  near(divergence[0], g['pf_div'], 1e-4)
 
 
 ODE_CASES = [case for case in CONTINUOUS if 'ffhq' not in case]
@@ -191,7 +191,9 @@ def test_likelihood(case):
   compute = jax.jit(
     functools.partial(likelihood.log_likelihood, score_of(case), sde)
   )
-  result = compute(jnp.asarray(g['data']), jnp.asarray(g['hutchinson_eps']))
+  result = compute(
+    jnp.asarray(g['data']), jnp.asarray(g['hutchinson_eps'])[None]
+  )
   assert result.success
   near(result.z, g['lik_z'], 1e-2)
   close(result.logp - sde.prior_logp(result.z), g['lik_delta_logp'], rtol=1e-2)

@@ -1,4 +1,6 @@
-"""Likelihoods against closed forms."""
+"""Likelihoods and latent codes against closed forms."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +8,7 @@ import numpy as np
 import pytest
 
 import likelihood
-import ode
+import sampling
 import sde_lib
 from tests.exact import MIXTURE, Mixture
 
@@ -14,21 +16,36 @@ SDES = [
   sde_lib.VESDE(sigma_min=0.01, sigma_max=200.0),
   sde_lib.VPSDE(),
   sde_lib.SubVPSDE(),
+  sde_lib.EDM(),
 ]
 name = lambda sde: type(sde).__name__
 
 
+@functools.cache
+def exact_likelihood(data, sde, tolerance=1e-5):
+  """log_likelihood(x, probes) of the exact score, compiled."""
+  return jax.jit(
+    functools.partial(
+      likelihood.log_likelihood,
+      data.score_fn(sde),
+      sde,
+      rtol=tolerance,
+      atol=tolerance,
+    )
+  )
+
+
 @pytest.mark.parametrize('sde', SDES, ids=name)
-def test_bits_per_dim_of_a_gaussian(sde):
-  """For an isotropic Gaussian Hutchinson's estimate has no variance."""
+@pytest.mark.parametrize('trace', ['exact', 'rademacher'])
+def test_bits_per_dim_of_a_gaussian(sde, trace):
+  """For an isotropic Gaussian Rademacher's estimate has no variance."""
   # Centred, or its marginal at t = 1 would differ from the prior by alpha mean.
   data = Mixture(means=((0.0, 0.0),) * 2)
   x = jnp.asarray(data.sample(0, 64))
-  probe = likelihood.rademacher(jax.random.key(0), x.shape)
-  solve = jax.jit(
-    lambda x: likelihood.log_likelihood(data.score_fn(sde), sde, x, probe)
-  )
-  result = solve(x)
+  probes = None
+  if trace != 'exact':
+    probes = likelihood.rademacher(jax.random.key(0), (1, *x.shape))
+  result = exact_likelihood(data, sde)(x, probes)
   alpha, sigma = sde.marginal(1e-5)
   exact = data.logp(x, alpha, sigma)
   bits = [
@@ -37,23 +54,37 @@ def test_bits_per_dim_of_a_gaussian(sde):
   ]
   assert result.success
   np.testing.assert_allclose(bits[0], bits[1], atol=1e-3)
+  error = np.asarray(result.std_error)
+  assert np.all(error == 0) if trace == 'exact' else np.all(np.isnan(error))
 
 
-def test_latent_code_decodes_to_the_data():
+@pytest.mark.parametrize('kind', likelihood.PROBES)
+def test_probes_tell_their_error(kind):
+  """On a mixture: the exact trace is right, and estimates are so far from it as
+  their own standard errors say."""
   sde = sde_lib.VPSDE()
-  x = jnp.asarray(MIXTURE.sample(0, 16))
-  score_fn = MIXTURE.score_fn(sde)
-  probe = likelihood.rademacher(jax.random.key(0), x.shape)
-  encode = jax.jit(lambda x: likelihood.log_likelihood(score_fn, sde, x, probe))
+  x = jnp.asarray(MIXTURE.sample(0, 200))
+  truth = MIXTURE.logp(x, *sde.marginal(1e-5))
+  exact = exact_likelihood(MIXTURE, sde)(x, None)
+  # The prior differs from the marginal at t = 1, of which alpha is 0.0066.
+  np.testing.assert_allclose(exact.logp, truth, atol=0.02)
 
-  def drift(t, x):
-    t = jnp.full((16,), t)
-    return sde.ode_drift(x, t, score_fn(x, t))
-
-  decode = jax.jit(
-    lambda z: ode.solve_ode(drift, z, 1.0, 1e-5, rtol=1e-5, atol=1e-5)
-  )
-  np.testing.assert_allclose(decode(encode(x).z).y, x, atol=1e-3)
+  draw = likelihood.PROBES[kind]
+  probes = draw(jax.random.key(0), (64, *x.shape))
+  estimate = exact_likelihood(MIXTURE, sde, 1e-4)(x, probes)
+  # t of 63 degrees of freedom, nearly normal where an error is not tiny.
+  error = np.asarray(estimate.std_error)
+  seen = error > 1e-3
+  assert seen.mean() > 0.8
+  distance = np.asarray(estimate.logp - exact.logp)[seen] / error[seen]
+  assert 0.88 < np.mean(np.abs(distance) < 2) < 0.99
+  assert np.abs(distance).max() < 5
+  assert abs(np.mean(distance)) < 0.25
+  assert 0.8 < np.std(distance) < 1.2
+  # With 16 times fewer probes the error is 4 times as large.
+  few = exact_likelihood(MIXTURE, sde, 1e-4)(x, probes[:4])
+  ratio = np.sqrt(np.mean(few.std_error**2) / np.mean(error**2))
+  assert 3.4 < ratio < 4.6
 
 
 def test_divergence_is_unbiased():
@@ -64,24 +95,83 @@ def test_divergence_is_unbiased():
   drift = lambda x: sde.ode_drift(x, t, score_fn(x, t))
   jacobian = jax.jacfwd(drift)(x)
   trace = jnp.einsum('bibi->b', jacobian)
-  probes = jnp.asarray([[1.0, 1.0], [1.0, -1.0]])
-  estimates = []
-  for probe in probes:
-    probe = jnp.broadcast_to(probe, x.shape)
+  signs = jnp.asarray([[1.0, 1.0], [1.0, -1.0]])
+  probes = jnp.broadcast_to(signs[:, None], (2, 4, 2))
+  for given, scale in ((probes, 1e-4), (None, 1e-5)):
     value, divergence = likelihood.drift_and_divergence(
-      score_fn, sde, x, t, probe
+      score_fn, sde, x, t, given
     )
     np.testing.assert_allclose(value, drift(x), rtol=1e-5)
-    estimates.append(divergence)
-  np.testing.assert_allclose(sum(estimates) / 2, trace, rtol=1e-4)
+    np.testing.assert_allclose(jnp.mean(divergence, 0), trace, rtol=scale)
+  assert divergence.shape == (1, 4)
 
 
-@pytest.mark.parametrize('width,offset', [(1, 8), (2, 7)])
-def test_bits_per_dim_offset(width, offset):
-  """A uniform density over the data's range costs 8 bits."""
-  dims = 12
-  logp = -dims * np.log(width)
-  bits = likelihood.bits_per_dim(logp, dims, data_width=width)
-  np.testing.assert_allclose(bits, 8)
-  zero = likelihood.bits_per_dim(0.0, dims, data_width=width)
-  np.testing.assert_allclose(zero, offset)
+def test_exact_trace_of_images():
+  """More dimensions than are taken at once; the Jacobian is not diagonal."""
+  sde, t = sde_lib.VESDE(), jnp.full((2,), 0.5)
+  w = np.random.default_rng(0).normal(size=(18, 18)).astype(np.float32)
+  score_fn = lambda x, t: jnp.tanh(x.reshape(2, 18) @ w).reshape(x.shape)
+  x = jax.random.normal(jax.random.key(0), (2, 3, 3, 2))
+  _, divergence = likelihood.drift_and_divergence(score_fn, sde, x, t)
+  slope = 1 - np.tanh(np.reshape(x, (2, 18)) @ w) ** 2
+  _, g = sde.coefficients(t)
+  want = -0.5 * g**2 * (slope @ np.diag(w))
+  np.testing.assert_allclose(divergence[0], want, rtol=1e-4)
+
+
+# --- Latent codes -------------------------------------------------------------
+
+
+@pytest.mark.parametrize('sde', SDES, ids=name)
+def test_latent_code_decodes_to_the_data(sde):
+  x = jnp.asarray(MIXTURE.sample(0, 16))
+  score_fn = MIXTURE.score_fn(sde)
+
+  @jax.jit
+  def round_trip(x):
+    code = likelihood.encode(score_fn, sde, x)
+    z, options = code.y, {'eps': 1e-5, 'rtol': 1e-5, 'atol': 1e-5}
+    decoded = sampling.ode_sample(None, score_fn, sde, z, **options)
+    return z, decoded.x, code.success & decoded.success
+
+  z, decoded, success = round_trip(x)
+  assert success
+  np.testing.assert_allclose(decoded, x, atol=1e-3)
+  # The same code as the likelihood's.
+  result = exact_likelihood(MIXTURE, sde)(x, None)
+  np.testing.assert_allclose(z, result.z, atol=2e-3 * sde.prior_std)
+
+
+@pytest.mark.parametrize('sde', SDES, ids=name)
+def test_code_of_a_gaussian(sde):
+  """The ODE scales a centred Gaussian, std s to sqrt(alpha^2 s^2 + sigma^2)."""
+  data = Mixture(means=((0.0, 0.0),) * 2)
+  x = jnp.asarray(data.sample(0, 64))
+  encode = functools.partial(likelihood.encode, data.score_fn(sde), sde)
+  code = jax.jit(encode)(x)
+  scale = [
+    np.hypot(np.float64(alpha) * data.std, sigma)
+    for alpha, sigma in map(sde.marginal, (1.0, 1e-5))
+  ]
+  np.testing.assert_allclose(code.y, x * (scale[0] / scale[1]), rtol=1e-3)
+
+
+def test_interpolation_keeps_to_the_sphere():
+  z0, z1 = jax.random.normal(jax.random.key(0), (2, 5, 4, 4, 3))
+  z1 = 2 * z1
+  weights = np.linspace(0, 1, 7)
+  path = np.asarray(likelihood.interpolate(z0, z1, weights), np.float64)
+  np.testing.assert_allclose(path[0], z0, atol=1e-6)
+  np.testing.assert_allclose(path[-1], z1, atol=1e-6)
+  # Of codes of equal norm: equal angles, and that norm.
+  z0, z1 = (z / np.linalg.norm(z.reshape(5, -1), axis=1)[:, None, None, None]
+            for z in (np.asarray(z0), np.asarray(z1)))  # fmt: skip
+  path = np.reshape(likelihood.interpolate(z0, z1, weights), (7, 5, -1))
+  np.testing.assert_allclose(np.linalg.norm(path, axis=-1), 1, rtol=1e-5)
+  cosines = np.sum(path[1:] * path[:-1], axis=-1)
+  whole = np.arccos(np.sum(path[0] * path[-1], axis=-1))
+  steps = np.broadcast_to(whole / 6, (6, 5))
+  np.testing.assert_allclose(np.arccos(cosines), steps, rtol=1e-3)
+  # A code and itself: no circle, and no NaN.
+  still = likelihood.interpolate(z0, z0, weights)
+  np.testing.assert_allclose(still, np.broadcast_to(z0, still.shape), atol=1e-5)
