@@ -268,6 +268,7 @@ def mlp(config):
     'num_layers': 3,
     'nonlinearity': 'swish',
     'fourier_scale': 0.5,
+    'input_scale': 0.5,
     'energy': False,  # whether the score is the gradient of a scalar
   }
 
@@ -331,7 +332,7 @@ def toy(dataset):
       ema_rate=0.995,
       ema_warmup=True,
     )
-    config.optim.update(lr=2e-3, warmup=100)
+    config.optim.update(lr=4e-3, warmup=100)
     config.sampling.update(num_steps=200, num_samples=2048)
     config.eval.update(batch_size=2000, num_samples=10_000, bpd_repeats=1)
     config.eval.enable_bpd = True

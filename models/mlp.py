@@ -21,6 +21,7 @@ class _Body(nn.Module):
   nonlinearity: str
   embedding_type: str
   fourier_scale: float
+  input_scale: float
 
   @nn.compact
   def __call__(self, x, cond):
@@ -36,6 +37,10 @@ class _Body(nn.Module):
     if temb is not None:
       temb = act(layers.embed_noise(temb, self.nf, act))
     h = x
+    if self.input_scale:
+      init = nn.initializers.normal(2 * jnp.pi * self.input_scale)
+      waves = nn.Dense(self.nf, kernel_init=init, name='waves')(x)
+      h = jnp.concatenate([x, jnp.sin(waves), jnp.cos(waves)], axis=-1)
     for _ in range(self.num_layers):
       h = nn.Dense(self.nf)(h)
       if temb is not None:
@@ -55,6 +60,9 @@ class MLP(nn.Module):
     embedding_type: 'fourier' features of log cond; 'positional', sinusoids of
       cond in 0..999; or 'none', for a network that is not told.
     fourier_scale: standard deviation of the frequencies.
+    input_scale: standard deviation of the frequencies, per unit of x, of
+      sines and cosines of the points (Tancik et al. 2020), without which a
+      small network learns fine structure slowly; 0 for none.
     energy: whether the network is a scalar E and the output its gradient.
   """
 
@@ -63,6 +71,7 @@ class MLP(nn.Module):
   nonlinearity: str = 'swish'
   embedding_type: str = 'fourier'
   fourier_scale: float = 1.0
+  input_scale: float = 0.0
   energy: bool = False
 
   def __post_init__(self):
@@ -87,6 +96,7 @@ class MLP(nn.Module):
       nonlinearity=self.nonlinearity,
       embedding_type=self.embedding_type,
       fourier_scale=self.fourier_scale,
+      input_scale=self.input_scale,
       name='body',
     )
     if not self.energy:

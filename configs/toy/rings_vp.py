@@ -1,6 +1,7 @@
-"""Three rings, under VP.
+r"""Three rings, under VP.
 
-python main.py --mode train --workdir W --config configs/toy/rings_vp.py
+python main.py --mode train --workdir W \
+  --config configs/toy/rings_vp.py
 """
 
 from configs.base import compose, mlp, toy, vp

@@ -1,6 +1,7 @@
-"""The swiss roll, under VE.
+r"""The swiss roll, under VE.
 
-python main.py --mode train --workdir W --config configs/toy/swiss_roll_ve.py
+python main.py --mode train --workdir W \
+  --config configs/toy/swiss_roll_ve.py
 """
 
 from configs.base import compose, mlp, toy, ve
