@@ -23,8 +23,10 @@ import datasets
 import likelihood
 import losses
 import models
+import predictors
 import sampling
 import sde_lib
+import solvers
 from models import score
 
 
@@ -171,10 +173,10 @@ def make_optimizer(config):
 def _predictor_corrector(options):
   """The predictor and the corrector of config.sampling, options bound."""
   predictor = _choose(
-    sampling.PREDICTORS, options.predictor, 'sampling.predictor'
+    predictors.PREDICTORS, options.predictor, 'sampling.predictor'
   )
   corrector = _choose(
-    sampling.CORRECTORS, options.corrector, 'sampling.corrector'
+    predictors.CORRECTORS, options.corrector, 'sampling.corrector'
   )
   if options.predictor in ('euler_maruyama', 'reverse_diffusion'):
     predictor = functools.partial(
@@ -201,7 +203,7 @@ def _options_of(function, options):
   return {name: options[name] for name in names if name in options}
 
 
-def make_sampler(config, batch_size, *, wrap=None):
+def make_sampler(config, batch_size, *, wrap=None, frames=0):
   """sample(params, rng, z=None, **given) -> (images, nfe, success).
 
   images are [B, H, W, C] in [0, 1] but for samples that fall outside it. z
@@ -212,15 +214,24 @@ def make_sampler(config, batch_size, *, wrap=None):
     batch_size: B.
     wrap: `wrap(score_fn, sde, **given)` -> score_fn, what guides the samples;
       `given` are the further arguments of `sample`.
+    frames: if not 0, `sample` returns two more: that many states on the way,
+      [F, B, H, W, C], scaled as the images are, and their times [F].
   """
-  options = config.sampling.to_dict() | _predictor_corrector(config.sampling)
-  sampler = _choose(
-    sampling.SAMPLERS, config.sampling.method, 'sampling.method'
-  )
-  bound = functools.partial(sampler, **_options_of(sampler, options))
-  continuous = config.sampling.method in sampling.CONTINUOUS
+  method = config.sampling.method
+  sampler = _choose(sampling.SAMPLERS, method, 'sampling.method')
+  options = config.sampling.to_dict() | {'frames': frames}
+  options |= _predictor_corrector(config.sampling)
+  if method in solvers.SOLVERS:
+    solver = solvers.SOLVERS[method]
+    bound = _options_of(solver, options)
+    options['solver'] = functools.partial(solver, **bound)
+  sampler = functools.partial(sampler, **_options_of(sampler, options))
+  continuous = method in sampling.CONTINUOUS
   sde = make_sde(config)
   sde = sde.continuous if continuous else sde
+  scaled = functools.partial(
+    datasets.inverse_scaler, centered=config.data.centered
+  )
 
   def sample(params, rng, z=None, **given):
     rng, rng_prior = jax.random.split(rng)
@@ -229,9 +240,11 @@ def make_sampler(config, batch_size, *, wrap=None):
     score_fn = make_score_fn(config, params, continuous=continuous)
     if wrap:
       score_fn = wrap(score_fn, sde, **given)
-    samples = bound(rng, score_fn, sde, z)
-    images = datasets.inverse_scaler(samples.x, centered=config.data.centered)
-    return images, samples.nfe, samples.success
+    samples = sampler(rng, score_fn, sde, z)
+    result = scaled(samples.x), samples.nfe, samples.success
+    if frames:
+      result += scaled(samples.frames), samples.times
+    return result
 
   return sample
 

@@ -41,7 +41,7 @@ _ERROR = np.array(
 _SAFETY, _MIN_FACTOR, _MAX_FACTOR = 0.9, 0.2, 10.0
 
 
-def _combine(weights, slopes):
+def combine(weights, slopes):
   """sum_i weights_i slopes_i, for a pytree of arrays stacked along axis 0."""
   contract = functools.partial(
     jnp.tensordot, weights, axes=1, precision=jax.lax.Precision.HIGHEST
@@ -109,7 +109,7 @@ def solve_ode(
 
     def stage(i, carry):
       slopes, _ = carry
-      y_i = _axpy(h, _combine(stages[i], slopes), y)
+      y_i = _axpy(h, combine(stages[i], slopes), y)
       k = drift(t + nodes[i] * h, y_i)
       return jax.tree.map(lambda s, k: s.at[i + 1].set(k), slopes, k), y_i
 
@@ -117,7 +117,7 @@ def solve_ode(
       lambda k: jnp.zeros((7, *k.shape), k.dtype).at[0].set(k), k0
     )
     slopes, y_new = jax.lax.fori_loop(0, 6, stage, (slopes, y))
-    difference = _combine(jnp.asarray(_ERROR), slopes)
+    difference = combine(jnp.asarray(_ERROR), slopes)
     error = jnp.abs(h) * _rms(difference, scale_of(y, y_new))
     factor = _SAFETY * error ** (-1 / 5)
     accept = error < 1

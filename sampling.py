@@ -1,208 +1,49 @@
-r"""Samplers: predictor-corrector (Song et al. 2021, Algorithm 1) and ODE.
+r"""Samplers, all in one table: from a state at t = 1 to data.
 
-A step is a function (rng, x, t, t_next) -> (x, x_mean): from x at time t it
-makes a sample at t_next < t, and that sample's mean before noise was added. A
-predictor follows the reverse-time SDE; a corrector stays at t. The loop is one
-`lax.scan` over the integers of a time grid, and the last step at the smallest
-time replaces x by its posterior mean (Tweedie's formula).
+Predictor-corrector sampling (Song et al. 2021, Algorithm 1) takes its steps
+from `predictors`, the fast solvers their plans from `solvers`; both run over
+the integers of a time grid in one `lax.scan`. Adaptive solvers, of the ODE and
+of the SDE, choose their own steps.
 
 `score_fn(x, t)` takes x [B, ...] and t [B]; it need not come from a network.
 Every sampler starts from z [B, ...], the state at t = 1: a draw of the prior,
-or a latent code.
+or a latent code. Most end by replacing x with its posterior mean E[x_0 | x]
+(Tweedie's formula) at the smallest time.
 """
 
+import functools
 import typing
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import adaptive_sde
 import ode
 import sde_lib
+import solvers
+from grids import time_grid
 
 
 class Samples(typing.NamedTuple):
-  """x [B, ...] in the model's range; nfe: score evaluations per sample;
-  success: whether an adaptive solver reached the end."""
+  """What a sampler returns.
+
+  Attributes:
+    x: samples [B, ...] in the model's range.
+    nfe: score evaluations per sample.
+    success: whether an adaptive solver reached the end.
+    frames: states on the way, [F, B, ...], from z to x; F = 0 if not asked for.
+    times: of the frames, [F]; the last is 0 if x is a mean of x_0.
+  """
 
   x: jax.Array
   nfe: jax.Array
   success: jax.Array
+  frames: jax.Array
+  times: jax.Array
 
 
-def _normal_like(rng, x):
-  return jax.random.normal(rng, x.shape, x.dtype)
-
-
-# ------------------------------------------------------------- predictors
-
-
-def euler_maruyama(score_fn, sde, *, probability_flow=False):
-  """Euler-Maruyama on the reverse-time SDE (Eq. 6), over the grid's own steps.
-
-  Args:
-    score_fn, sde: as everywhere in this module.
-    probability_flow: follow the ODE (Eq. 13) instead, without noise.
-  """
-
-  def step(rng, x, t, t_next):
-    dt = sde_lib.expand(t - t_next, x)
-    score = score_fn(x, t)
-    if probability_flow:
-      x = x - sde.ode_drift(x, t, score) * dt
-      return x, x
-    x_mean = x - sde.reverse_drift(x, t, score) * dt
-    g = sde_lib.expand(sde.coefficients(t)[1], x)
-    return x_mean + g * jnp.sqrt(dt) * _normal_like(rng, x), x_mean
-
-  return step
-
-
-def reverse_diffusion(score_fn, sde, *, probability_flow=False):
-  """Reverses the forward chain x_t = a x_s + sqrt(v) z (Eq. 46; ODE: Eq. 47).
-
-  Args: as `euler_maruyama`.
-  """
-
-  def step(rng, x, t, t_next):
-    a, v = (sde_lib.expand(c, x) for c in sde.discretize(t_next, t))
-    score = score_fn(x, t)
-    if probability_flow:
-      x = (2 - a) * x + 0.5 * v * score
-      return x, x
-    x_mean = (2 - a) * x + v * score
-    return x_mean + jnp.sqrt(v) * _normal_like(rng, x), x_mean
-
-  return step
-
-
-def ancestral(score_fn, sde, *, variance='forward'):
-  """Ancestral sampling of the forward chain (Eq. 4 for VP, App. F for VE).
-
-  With x_t = a x_s + sqrt(v) z, the mean of x_s is (x_t + v score) / a.
-
-  Args:
-    score_fn, sde: as everywhere in this module.
-    variance: of the noise: 'forward' for v, which the paper takes for VP;
-      'posterior' for v sigma_s^2 / sigma_t^2, that of p(x_s | x_t, x_0), which
-      it takes for VE.
-  """
-  if variance not in ('posterior', 'forward'):
-    raise ValueError(
-      f"sampling.ancestral_variance={variance!r} is neither 'posterior' nor "
-      "'forward'."
-    )
-
-  def step(rng, x, t, t_next):
-    a, v = sde.discretize(t_next, t)
-    x_mean = (x + sde_lib.expand(v, x) * score_fn(x, t)) / sde_lib.expand(a, x)
-    if variance == 'posterior':
-      v = v * (sde.marginal(t_next)[1] / sde.marginal(t)[1]) ** 2
-    return x_mean + sde_lib.expand(jnp.sqrt(v), x) * _normal_like(
-      rng, x
-    ), x_mean
-
-  return step
-
-
-def no_step(score_fn, sde):
-  """Leaves x as it is; it costs no score evaluation."""
-  del score_fn, sde
-  return lambda rng, x, t, t_next: (x, x)
-
-
-# ------------------------------------------------------------- correctors
-
-
-def _langevin_step(x, score, z, e):
-  """x + e score + sqrt(2 e) z (Algorithms 4 and 5), e [B], and its mean."""
-  e = sde_lib.expand(e, x)
-  x_mean = x + e * score
-  return x_mean + jnp.sqrt(2 * e) * z, x_mean
-
-
-def _batch_norm(v):
-  """Euclidean norm of each example, averaged over the whole (global) batch."""
-  return jnp.mean(jnp.linalg.norm(v.reshape(v.shape[0], -1), axis=-1))
-
-
-def langevin(score_fn, sde, *, snr):
-  """Langevin dynamics at time t (Algorithms 4 and 5).
-
-  The step size e = 2 a^2 (snr |z| / |score|)^2 takes both norms averaged over
-  the whole batch, so an example's path depends on its neighbours; that is the
-  paper's rule. `a` is the forward chain's (1 for VE).
-
-  Args:
-    score_fn, sde: as everywhere in this module.
-    snr: the signal-to-noise ratio r.
-  """
-
-  def step(rng, x, t, t_next):
-    score = score_fn(x, t)
-    z = _normal_like(rng, x)
-    a, _ = sde.discretize(t_next, t)
-    ratio = snr * _batch_norm(z) / _batch_norm(score)
-    return _langevin_step(x, score, z, 2 * (a * ratio) ** 2)
-
-  return step
-
-
-def annealed_langevin(score_fn, sde, *, snr):
-  """Annealed Langevin dynamics (Song & Ermon 2019, Algorithm 1).
-
-  The step size is e = 2 a^2 (snr sigma_t)^2.
-
-  Args:
-    score_fn, sde, snr: as `langevin`.
-  """
-
-  def step(rng, x, t, t_next):
-    a, _ = sde.discretize(t_next, t)
-    e = 2 * (a * snr * sde.marginal(t)[1]) ** 2
-    return _langevin_step(x, score_fn(x, t), _normal_like(rng, x), e)
-
-  return step
-
-
-PREDICTORS = {
-  'euler_maruyama': euler_maruyama,
-  'reverse_diffusion': reverse_diffusion,
-  'ancestral': ancestral,
-  'none': no_step,
-}
-
-CORRECTORS = {
-  'langevin': langevin,
-  'annealed_langevin': annealed_langevin,
-  'none': no_step,
-}
-
-
-# ------------------------------------------------------------- the loop
-
-
-def time_grid(sde, num_steps, eps):
-  """Times from 1 down to eps, [num_steps], float32, evenly spaced.
-
-  Those of a process with discrete levels are rounded to its levels (and end in
-  level 0, whatever eps is).
-
-  Raises:
-    ValueError: a discrete process has fewer levels than the grid has steps.
-  """
-  if num_steps < 1:
-    raise ValueError(f'sampling.num_steps={num_steps} must be at least 1.')
-  levels = sde.num_scales
-  if not levels:
-    return np.linspace(1, eps, num_steps, dtype=np.float32)
-  if num_steps > levels:
-    raise ValueError(
-      f'sampling.num_steps={num_steps} is more than the {levels} noise levels '
-      'that this network was trained on.'
-    )
-  labels = np.rint(np.linspace(levels - 1, 0, num_steps))
-  return (labels / (levels - 1)).astype(np.float32)
+# ------------------------------------------------------------- loops over grids
 
 
 def denoise(score_fn, sde, x, t):
@@ -238,6 +79,54 @@ def _evaluations(make_step, sde, shape):
   return len(calls)
 
 
+def _check_frames(frames):
+  if frames < 0 or frames == 1:
+    raise ValueError(
+      f'sampling.frames={frames}: use 0 for none, or at least 2, the first '
+      'and the last.'
+    )
+
+
+def _scan(step, carry, inputs, t, frames):
+  """Scans step(carry, (t, *inputs)) -> carry, and records the state carry[0].
+
+  Args:
+    step: t is [B] there.
+    carry: the start, a tuple.
+    inputs: tuple of arrays [n, ...].
+    t: [n + 1] times of the states before each step, and of the result.
+    frames: number of states to record, the last of them by `_result`.
+
+  Returns:
+    (carry, recorded states [F, B, ...], their times [F]).
+  """
+  _check_frames(frames)
+  x = carry[0]
+  chosen = np.rint(np.linspace(0, len(t) - 1, frames)).astype(int)
+  chosen = np.unique(chosen)
+  slots = np.full(len(t), len(chosen))
+  slots[chosen] = np.arange(len(chosen))
+
+  def recorded(state, row):
+    (carry, film), (slot, t, *inputs) = state, row
+    if frames:  # A slot beyond the film is dropped.
+      film = film.at[slot].set(carry[0], mode='drop')
+    t = jnp.full(x.shape[:1], t, x.dtype)
+    return (step(carry, (t, *inputs)), film), None
+
+  film = jnp.zeros((len(chosen), *x.shape), x.dtype)
+  rows = (slots[:-1], t[:-1], *inputs)
+  (carry, film), _ = jax.lax.scan(recorded, (carry, film), rows)
+  return carry, film, jnp.asarray(t[chosen], jnp.float32)
+
+
+def _result(x, nfe, film, times, success=True):
+  """Samples whose last frame, if there are any, is x."""
+  if len(film):
+    film = film.at[-1].set(x)
+  return Samples(x, jnp.asarray(nfe), jnp.asarray(success), film, times)
+
+
 def pc_sample(
   rng,
   score_fn,
@@ -248,8 +137,11 @@ def pc_sample(
   corrector,
   num_steps,
   eps,
+  grid='uniform',
+  rho=7.0,
   corrector_steps=1,
   final_denoise=True,
+  frames=0,
 ) -> Samples:
   """Predictor-corrector sampling (Algorithm 1), the corrector first at each t.
 
@@ -258,14 +150,16 @@ def pc_sample(
     score_fn: score_fn(x, t) -> score.
     sde: the process to reverse.
     z: state at t = 1, [B, ...].
-    predictor: (score_fn, sde) -> step: an entry of `PREDICTORS`, its options
-      bound.
-    corrector: likewise of `CORRECTORS`.
+    predictor: (score_fn, sde) -> step: an entry of `predictors.PREDICTORS`, its
+      options bound.
+    corrector: likewise of `predictors.CORRECTORS`.
     num_steps: times at which the predictor evaluates the score, >= 1.
     eps: smallest time.
+    grid, rho: as `grids.time_grid`.
     corrector_steps: corrector steps at each time.
     final_denoise: whether the last step, at eps, returns the mean of x_0 (which
       is where the last score evaluation of the predictor goes).
+    frames: states to record, evenly spaced among the steps; 0 for none.
 
   Returns:
     Samples; nfe is what the loop really evaluates.
@@ -273,11 +167,10 @@ def pc_sample(
   Raises:
     ValueError: the grid is too coarse or too fine for the process.
   """
-  grid = time_grid(sde, num_steps, eps)
+  t = time_grid(sde, num_steps, eps, grid=grid, rho=rho)
   if num_steps > 1:
-    _check_chain(sde, grid)
+    _check_chain(sde, t)
   predict, correct = predictor(score_fn, sde), corrector(score_fn, sde)
-  batch, shape = z.shape[0], z.shape
 
   def correct_at(rng, x, t, t_next):
     def once(x, key):
@@ -285,33 +178,114 @@ def pc_sample(
 
     return jax.lax.scan(once, x, jax.random.split(rng, corrector_steps))[0]
 
-  def level(x, inputs):
-    i, t, t_next = inputs
-    t, t_next = jnp.full((batch,), t), jnp.full((batch,), t_next)
+  def level(carry, inputs):
+    (x,), (t, i, t_next) = carry, inputs
+    t_next = jnp.full_like(t, t_next)
     rng_c, rng_p = jax.random.split(jax.random.fold_in(rng, i))
     x = correct_at(rng_c, x, t, t_next)
-    return predict(rng_p, x, t, t_next)[0], None
+    return (predict(rng_p, x, t, t_next)[0],)
 
+  steps, end = np.arange(num_steps - 1), 0 if final_denoise else t[-1]
+  times = np.append(t[:-1], end)
+  (x,), film, times = _scan(level, (z,), (steps, t[1:]), times, frames)
+  last = jnp.full(z.shape[:1], t[-1], z.dtype)
   rng_last = jax.random.fold_in(rng, num_steps - 1)
-  steps = np.arange(num_steps - 1)
-  x, _ = jax.lax.scan(level, z, (steps, grid[:-1], grid[1:]))
-  last = jnp.full((batch,), grid[-1])
   x = correct_at(rng_last, x, last, jnp.zeros_like(last))
   if final_denoise:
     x = denoise(score_fn, sde, x, last)
   nfe = (
-    (num_steps - 1) * _evaluations(predictor, sde, shape)
-    + num_steps * corrector_steps * _evaluations(corrector, sde, shape)
+    (num_steps - 1) * _evaluations(predictor, sde, z.shape)
+    + num_steps * corrector_steps * _evaluations(corrector, sde, z.shape)
     + int(final_denoise)
   )
-  return Samples(x, jnp.asarray(nfe), jnp.asarray(True))
+  return _result(x, nfe, film, times)
+
+
+def plan_sample(
+  rng,
+  score_fn,
+  sde,
+  z,
+  *,
+  solver,
+  num_steps,
+  eps,
+  grid='uniform',
+  rho=7.0,
+  final_denoise=True,
+  frames=0,
+) -> Samples:
+  """Samples by a fast solver: carries out its plan (see `solvers`).
+
+  Args:
+    rng, score_fn, sde, z, eps, grid, rho, frames: as `pc_sample`.
+    solver: (sde, t) -> Plan: an entry of `solvers.SOLVERS`, its options bound.
+    num_steps: times of the grid; one less is the number of steps.
+    final_denoise: whether to end in the mean of x_0 given x_eps.
+  """
+  t = time_grid(sde, num_steps, eps, grid=grid, rho=rho)
+  plan = solver(sde, t)
+  if final_denoise:
+    plan = solvers.with_denoising(plan, t[-1])
+  mix = lambda weights, *states: ode.combine(
+    weights, jnp.concatenate([v[None] for v in states[:-1]] + [states[-1]])
+  )
+
+  def advance(carry, inputs):
+    x, base, past = carry
+    t, i, keep, move, noise = inputs
+    prediction = denoise(score_fn, sde, x, t)
+    past = jnp.concatenate([prediction[None], past[:-1]])
+    base = mix(keep, x, base, past)
+    x = mix(move, base, past)
+    if plan.noise.any():
+      key = jax.random.fold_in(rng, i)
+      x = x + noise * jax.random.normal(key, x.shape, x.dtype)
+    return x, base, past
+
+  weights = (v.astype(z.dtype) for v in (plan.keep, plan.move, plan.noise))
+  past = jnp.zeros((plan.move.shape[1] - 1, *z.shape), z.dtype)
+  nfe, end = len(plan.t), 0 if final_denoise else t[-1]
+  (x, *_), film, times = _scan(
+    advance,
+    (z, z, past),
+    (np.arange(nfe), *weights),
+    np.append(plan.t, end),
+    frames,
+  )
+  return _result(x, nfe, film, times)
 
 
 # ------------------------------------------------------------- adaptive
 
 
+def _in_stretches(solve, score_fn, sde, z, *, eps, final_denoise, frames):
+  """Samples by solve(i, x, t, t_next) -> (.y, .nfe, .success) from 1 to eps.
+
+  The solver starts anew at each frame; frames are evenly spaced in time.
+  """
+  _check_frames(frames)
+  t = np.linspace(1, eps, max(frames, 2), dtype=np.float32)
+
+  def stretch(carry, inputs):
+    x, nfe, success = carry
+    solution = solve(*inputs[:1], x, *inputs[1:])
+    x = solution.y
+    return (x, nfe + solution.nfe, success & solution.success), x
+
+  start = (z, jnp.asarray(0), jnp.asarray(True))
+  stretches = (np.arange(len(t) - 1), t[:-1], t[1:])
+  (x, nfe, success), film = jax.lax.scan(stretch, start, stretches)
+  if final_denoise:
+    x = denoise(score_fn, sde, x, jnp.full(x.shape[:1], eps, x.dtype))
+  film = jnp.concatenate([z[None], film])[:frames]
+  times = np.append(t[:-1], 0 if final_denoise else eps)[:frames]
+  times = jnp.asarray(times, jnp.float32)
+  return _result(x, nfe + int(final_denoise), film, times, success)
+
+
 def ode_sample(
-  rng, score_fn, sde, z, *, eps, rtol, atol, final_denoise=False
+  rng, score_fn, sde, z, *, eps, rtol, atol, final_denoise=False, frames=0
 ) -> Samples:
   """Samples by the probability-flow ODE from t = 1 to eps (Eq. 13).
 
@@ -320,6 +294,7 @@ def ode_sample(
     score_fn, sde, z, eps: as `pc_sample`, in continuous time.
     rtol, atol: as `ode.solve_ode`.
     final_denoise: whether to end in the mean of x_0 given x_eps.
+    frames: states to record, evenly spaced in time; 0 for none.
   """
   del rng
 
@@ -327,16 +302,67 @@ def ode_sample(
     t = jnp.full(x.shape[:1], t)
     return sde.ode_drift(x, t, score_fn(x, t))
 
-  solution = ode.solve_ode(drift, z, 1.0, eps, rtol=rtol, atol=atol)
-  x = solution.y
-  if final_denoise:
-    x = denoise(score_fn, sde, x, jnp.full(x.shape[:1], eps))
-  return Samples(x, solution.nfe + int(final_denoise), solution.success)
+  def solve(i, x, t, t_next):
+    del i
+    return ode.solve_ode(drift, x, t, t_next, rtol=rtol, atol=atol)
+
+  return _in_stretches(
+    solve, score_fn, sde, z,
+    eps=eps, final_denoise=final_denoise, frames=frames,
+  )  # fmt: skip
+
+
+def adaptive_sde_sample(
+  rng,
+  score_fn,
+  sde,
+  z,
+  *,
+  eps,
+  sde_rtol,
+  sde_atol,
+  final_denoise=True,
+  frames=0,
+) -> Samples:
+  """Samples by the reverse SDE in steps of adapted size, each example's own.
+
+  Args:
+    rng, score_fn, sde, z, eps, final_denoise, frames: as `ode_sample`.
+    sde_rtol, sde_atol: as `adaptive_sde.solve_sde`.
+  """
+
+  def drift(x, t):
+    return sde.reverse_drift(x, t, score_fn(x, t))
+
+  def solve(i, x, t, t_next):
+    return adaptive_sde.solve_sde(
+      jax.random.fold_in(rng, i),
+      drift,
+      lambda t: sde.coefficients(t)[1],
+      x,
+      t,
+      t_next,
+      rtol=sde_rtol,
+      atol=sde_atol,
+    )
+
+  return _in_stretches(
+    solve, score_fn, sde, z,
+    eps=eps, final_denoise=final_denoise, frames=frames,
+  )  # fmt: skip
 
 
 # (rng, score_fn, sde, z, *, options) -> Samples. The options are keys of
 # config.sampling.
-SAMPLERS = {'pc': pc_sample, 'ode': ode_sample}
+SAMPLERS = {
+  'pc': pc_sample,
+  'ode': ode_sample,
+  'adaptive_sde': adaptive_sde_sample,
+  **{
+    name: functools.partial(plan_sample, solver=solver)
+    for name, solver in solvers.SOLVERS.items()
+  },
+}
 
 # Those that evaluate the score between the levels of a discrete process.
-CONTINUOUS = ('ode',)
+CONTINUOUS = ('ode', 'adaptive_sde')

@@ -55,10 +55,12 @@ def base():
         'grad_clip': 1.0,
       },
       'sampling': {
-        'method': 'pc',  # 'pc' or 'ode'
-        'predictor': 'euler_maruyama',  # sampling.PREDICTORS
-        'corrector': 'none',  # sampling.CORRECTORS
+        'method': 'pc',  # sampling.SAMPLERS
+        'predictor': 'euler_maruyama',  # predictors.PREDICTORS
+        'corrector': 'none',  # predictors.CORRECTORS
         'num_steps': 1000,  # independent of training
+        'grid': 'uniform',  # grids.GRIDS: of times between 1 and eps
+        'rho': 7.0,  # of the grid 'edm'
         'eps': 1e-3,  # smallest time
         'corrector_steps': 1,
         'snr': 0.16,
@@ -67,7 +69,15 @@ def base():
         'final_denoise': True,
         'rtol': 1e-5,  # of adaptive steps, in likelihoods too
         'atol': 1e-5,
+        'sde_rtol': 0.02,  # of the method 'adaptive_sde'
+        'sde_atol': 1 / 256,  # one grey level
+        'order': 2,  # of the method 'unipc'
+        's_churn': 0.0,  # noise that 'heun' adds on the way
+        's_min': 0.05,  # between these levels sigma / alpha
+        's_max': 50.0,
+        's_noise': 1.003,
         'num_samples': 64,  # of --mode sample
+        'frames': 0,  # of its pictures of the way from noise to samples
         'rounding': 'half_up',  # or 'truncate', as the paper's release
       },
       'eval': {
@@ -111,6 +121,7 @@ def vp(config):
   """Variance preserving, [-1, 1] images, Euler-Maruyama."""
   config.sde = {'name': 'vp', 'beta_min': 0.1, 'beta_max': 20.0}
   config.data.centered = True
+  config.sampling.sde_atol = 2 / 256
 
 
 def subvp(config):

@@ -13,6 +13,7 @@ import pytest
 import likelihood
 import losses
 import ode
+import predictors
 import sampling
 import sde_lib
 from models import score as score_lib
@@ -93,10 +94,10 @@ def test_predictors(case):
     step = predictor(score_fn, sde)(rng, x, t, s)[1]
     return jnp.where(sde_lib.expand(last, x), denoised, step)
 
-  near(mean(sampling.reverse_diffusion, t, s), g['reverse_diffusion_x_mean'])
+  near(mean(predictors.reverse_diffusion, t, s), g['reverse_diffusion_x_mean'])
   if 'ancestral_x_mean' in g:
-    near(mean(sampling.ancestral, t, s), g['ancestral_x_mean'])
-  euler = sampling.euler_maruyama(score_fn, sde)
+    near(mean(predictors.ancestral, t, s), g['ancestral_x_mean'])
+  euler = predictors.euler_maruyama(score_fn, sde)
   _, x_mean = euler(rng, x, g['t'], g['t'] - 1 / NUM_SCALES[case])
   near(x_mean, g['euler_maruyama_x_mean'])
 

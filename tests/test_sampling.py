@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import grids
+import predictors
 import sampling
 import sde_lib
 from tests.exact import GAUSSIAN, MIXTURE, Mixture
@@ -20,11 +22,13 @@ SDES = [
 BATCH = 2000
 name = lambda sde: type(sde).__name__
 
-PREDICTORS = dict(sampling.PREDICTORS)
+PREDICTORS = dict(predictors.PREDICTORS)
 CORRECTORS = {
-  'langevin': functools.partial(sampling.langevin, snr=0.16),
-  'annealed_langevin': functools.partial(sampling.annealed_langevin, snr=0.16),
-  'none': sampling.no_step,
+  'langevin': functools.partial(predictors.langevin, snr=0.16),
+  'annealed_langevin': functools.partial(
+    predictors.annealed_langevin, snr=0.16
+  ),
+  'none': predictors.no_step,
 }
 
 
@@ -107,7 +111,7 @@ def test_every_combination_reaches_the_data(sde, predictor, corrector):
 
 @pytest.mark.parametrize('sde', SDES, ids=name)
 def test_mixture_weights_are_right(sde):
-  predictor, corrector = sampling.reverse_diffusion, CORRECTORS['langevin']
+  predictor, corrector = predictors.reverse_diffusion, CORRECTORS['langevin']
   x, _ = run(sde, MIXTURE, predictor, corrector)
   assert_moments(x, MIXTURE, bias=0.03)
   weight = np.mean(x[:, 0] > 0)
@@ -116,11 +120,11 @@ def test_mixture_weights_are_right(sde):
 
 @pytest.mark.parametrize('sde', SDES[:3], ids=name)
 @pytest.mark.parametrize(
-  'predictor', [sampling.euler_maruyama, sampling.reverse_diffusion]
+  'predictor', [predictors.euler_maruyama, predictors.reverse_diffusion]
 )
 def test_probability_flow_steps(sde, predictor):
   flow = functools.partial(predictor, probability_flow=True)
-  x, nfe = run(sde, GAUSSIAN, flow, sampling.no_step, num_steps=1000)
+  x, nfe = run(sde, GAUSSIAN, flow, predictors.no_step, num_steps=1000)
   assert nfe == 1000
   assert_moments(x, GAUSSIAN, bias=0.04)
 
@@ -131,35 +135,35 @@ def test_posterior_variance_noises_less():
   point = type(GAUSSIAN)(means=((0.5, -0.3),) * 2, std=1e-3)
   spread = {}
   for variance in ('posterior', 'forward'):
-    predictor = functools.partial(sampling.ancestral, variance=variance)
-    x, _ = run(sde, point, predictor, sampling.no_step, final_denoise=False)
+    predictor = functools.partial(predictors.ancestral, variance=variance)
+    x, _ = run(sde, point, predictor, predictors.no_step, final_denoise=False)
     spread[variance] = x.std()
   sigma = float(sde.marginal(1e-3)[1])
   centred = np.abs(spread['posterior'] / np.hypot(sigma, np.std(x.mean(0))) - 1)
   assert spread['posterior'] < spread['forward']
   assert centred < 0.05
   with pytest.raises(ValueError, match='ancestral_variance'):
-    sampling.ancestral(None, sde, variance='both')
+    predictors.ancestral(None, sde, variance='both')
 
 
 def test_time_grid():
   np.testing.assert_allclose(
-    sampling.time_grid(sde_lib.VPSDE(), 3, 0.1), [1, 0.55, 0.1], rtol=1e-6
+    grids.time_grid(sde_lib.VPSDE(), 3, 0.1), [1, 0.55, 0.1], rtol=1e-6
   )
-  labels = sampling.time_grid(sde_lib.DDPM(num_scales=1000), 1000, 1e-3) * 999
+  labels = grids.time_grid(sde_lib.DDPM(num_scales=1000), 1000, 1e-3) * 999
   np.testing.assert_allclose(labels, np.arange(999, -1, -1), atol=1e-3)
   # 1500 steps, eps 1e-3: every step moves, unlike a grid recovered from t.
-  assert len(set(sampling.time_grid(sde_lib.VPSDE(), 1500, 1e-3))) == 1500
+  assert len(set(grids.time_grid(sde_lib.VPSDE(), 1500, 1e-3))) == 1500
   with pytest.raises(ValueError, match='50 noise levels'):
-    sampling.time_grid(sde_lib.DDPM(num_scales=50), 51, 0)
+    grids.time_grid(sde_lib.DDPM(num_scales=50), 51, 0)
   with pytest.raises(ValueError, match='at least 1'):
-    sampling.time_grid(sde_lib.VPSDE(), 0, 0)
+    grids.time_grid(sde_lib.VPSDE(), 0, 0)
 
 
 @pytest.mark.parametrize('sde', [sde_lib.VPSDE(), sde_lib.SubVPSDE()], ids=name)
 def test_too_coarse_a_chain_is_refused(sde):
   with pytest.raises(ValueError, match='too few'):
-    run(sde, GAUSSIAN, sampling.ancestral, sampling.no_step, num_steps=9)
+    run(sde, GAUSSIAN, predictors.ancestral, predictors.no_step, num_steps=9)
 
 
 def test_langevin_step_size_is_of_the_whole_batch():
@@ -169,7 +173,7 @@ def test_langevin_step_size_is_of_the_whole_batch():
   gain = jnp.asarray([[1.0], [3.0]])
 
   def moved(gain):
-    step = sampling.langevin(lambda x, t: gain + 0 * x, sde, snr=0.1)
+    step = predictors.langevin(lambda x, t: gain + 0 * x, sde, snr=0.1)
     return step(jax.random.key(0), x, t, t)[1]
 
   alone = moved(jnp.ones((2, 1)))
@@ -179,9 +183,9 @@ def test_langevin_step_size_is_of_the_whole_batch():
 
 def _fixed_step_error(num_steps, sde):
   """Error at eps of Euler's method on the probability flow of a Gaussian."""
-  flow = functools.partial(sampling.euler_maruyama, probability_flow=True)
+  flow = functools.partial(predictors.euler_maruyama, probability_flow=True)
   x, _ = run(
-    sde, GAUSSIAN, flow, sampling.no_step, num_steps=num_steps,
+    sde, GAUSSIAN, flow, predictors.no_step, num_steps=num_steps,
     eps=0.01, final_denoise=False,
   )  # fmt: skip
 
