@@ -1,4 +1,4 @@
-r"""Sampling from p(x | y) with a model of p(x) (Song et al. 2021, Sec. 5, App. I).
+r"""Sampling from p(x | y) with a model of p(x) (Song et al. 2021, Section 5).
 
 By Bayes' rule the reverse-time SDE of the conditional distribution (Eq. 14) is
 that of the unconditional one with the score

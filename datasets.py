@@ -112,8 +112,10 @@ def points(config, split):
 
   There are no labels.
   """
-  if config.dims != 2:
-    raise ValueError(f'{config.dataset} needs data.dims=2, not {config.dims}')
+  if config.dims != 2 or config.centered:
+    raise ValueError(
+      f'{config.dataset} needs data.dims=2 and data.centered=False'
+    )
   seed, n = {'train': (0, 100_000), 'test': (1, 10_000)}[split]
   rng = np.random.default_rng(seed)
   x = toy_data.DISTRIBUTIONS[config.dataset].sample(rng, n).astype(np.float32)
@@ -477,7 +479,7 @@ def main(argv=None):
   parser.add_argument('--num_channels', type=int, default=3)
   parser.add_argument('--num_images', type=int, help='a random subset')
   parser.add_argument('--manual_dir', help='files that you downloaded')
-  parser.set_defaults(dims=2)  # of points
+  parser.set_defaults(dims=2, centered=False)  # of points
   args = parser.parse_args(argv)
   try:
     if args.command == 'prepare':

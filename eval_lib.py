@@ -273,7 +273,7 @@ def _identity(config, *more):
   """
   parts = _config_dict(config)
   keep = {
-    'training': ('times', 'weighting', 'reduction', 'eps'),
+    'training': ('objective', 'times', 'weighting', 'reduction', 'eps'),
     'eval': ('batch_size',),
     'data': [k for k in parts['data'] if k != 'path'],
     'sampling': [k for k in parts['sampling'] if k != 'num_samples'],

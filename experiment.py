@@ -25,8 +25,10 @@ import losses
 import models
 import predictors
 import sampling
+import score_matching
 import sde_lib
 import solvers
+import toy_data
 from models import score
 
 
@@ -133,12 +135,24 @@ def make_loss_fn(config, *, train):
   int [B]. Flips, dequantisation, times, noise and dropout all come from rng.
   """
   sde, data, training = make_sde(config), config.data, config.training
+  _choose(
+    score_matching.OBJECTIVES, training.objective, 'training.objective'
+  )
   times = _choose(losses.TIMES, training.times, 'training.times')
   weight = _choose(losses.WEIGHTINGS, training.weighting, 'training.weighting')
   _choose(losses.REDUCTIONS, training.reduction, 'training.reduction')
   # What does not suit the process is refused here, not in the first step.
   draw = lambda rng: weight(sde, times(rng, sde, 1, training.eps)[0])
   jax.eval_shape(draw, jax.random.key(0))
+  objective = losses.score_matching
+  if training.objective != 'denoising':
+    objective = functools.partial(
+      score_matching.score_matching_loss, objective=training.objective
+    )
+  if training.objective == 'explicit':
+    known = toy_data.DISTRIBUTIONS
+    data_law = _choose(known, data.dataset, 'data.dataset')
+    objective = functools.partial(objective, target=data_law.score_fn(sde))
 
   def loss_fn(params, rng, batch):
     rng_data, rng_loss, rng_dropout = jax.random.split(rng, 3)
@@ -152,7 +166,7 @@ def make_loss_fn(config, *, train):
     score_fn = make_score_fn(
       config, params, dropout_rng=rng_dropout if train else None
     )
-    return losses.score_matching(
+    return objective(
       rng_loss,
       score_fn,
       sde,

@@ -78,11 +78,18 @@ def edm_weighting(sde, t):
   return (sigma**2 + sde.sigma_data**2) * (sigma / sde.sigma_data) ** 2
 
 
+def single_time(rng, sde, batch, eps):
+  """(t, weight), [B]: t = eps, one noise level (Vincent 2011); weight 1."""
+  del rng, sde
+  return jnp.full((batch,), eps), jnp.ones((batch,))
+
+
 TIMES = {
   'uniform': uniform_times,
   'grid': grid_times,
   'importance': importance_times,
   'lognormal': lognormal_times,
+  'single': single_time,
 }
 
 # lambda(t): 'variance' is the paper's choice, sigma^2, which makes every level

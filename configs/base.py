@@ -31,6 +31,7 @@ def base():
       'training': {
         'batch_size': 128,  # of all devices together
         'n_iters': 1_300_000,
+        'objective': 'denoising',  # score_matching.OBJECTIVES
         'times': 'uniform',  # losses.TIMES
         'weighting': 'variance',  # losses.WEIGHTINGS
         'reduction': 'mean',  # losses.REDUCTIONS
