@@ -135,9 +135,7 @@ def make_loss_fn(config, *, train):
   int [B]. Flips, dequantisation, times, noise and dropout all come from rng.
   """
   sde, data, training = make_sde(config), config.data, config.training
-  _choose(
-    score_matching.OBJECTIVES, training.objective, 'training.objective'
-  )
+  _choose(score_matching.OBJECTIVES, training.objective, 'training.objective')
   times = _choose(losses.TIMES, training.times, 'training.times')
   weight = _choose(losses.WEIGHTINGS, training.weighting, 'training.weighting')
   _choose(losses.REDUCTIONS, training.reduction, 'training.reduction')

@@ -143,9 +143,7 @@ def score_matching_loss(
     # The finest structure of x_t is of the size of its noise.
     'finite_difference': {'step': 0.1 * sde.marginal(t)[1]},
   }.get(objective, {})
-  value = OBJECTIVES[objective](
-    rng_v, lambda x: score_fn(x, t), x, **options
-  )
+  value = OBJECTIVES[objective](rng_v, lambda x: score_fn(x, t), x, **options)
   # J has half the sum over the dimensions.
   scale = {'half_sum': 1.0, 'mean': 2 / x0[0].size}[reduction]
   return scale * weight * losses.WEIGHTINGS[weighting](sde, t) * value
