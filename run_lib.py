@@ -443,9 +443,12 @@ def _snapshot_size(config):
   return math.ceil(n / jax.device_count()) * jax.device_count()
 
 
-def make_sample(config, layout, batch_size):
-  """sample(params, rng) -> (images [B, ...] on every host, nfe, success)."""
-  sample = experiment.make_sampler(config, batch_size)
+def make_sample(config, layout, batch_size, *, frames=0):
+  """sample(params, rng) -> (images [B, ...] on every host, nfe, success).
+
+  With frames, two more: see `experiment.make_sampler`.
+  """
+  sample = experiment.make_sampler(config, batch_size, frames=frames)
   return jax.jit(
     sample,
     in_shardings=(layout.replicated, None),

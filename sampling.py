@@ -101,7 +101,7 @@ def _scan(step, carry, inputs, t, frames):
     (carry, recorded states [F, B, ...], their times [F]).
   """
   _check_frames(frames)
-  x = carry[0]
+  x, t = carry[0], jnp.asarray(t)
   chosen = np.rint(np.linspace(0, len(t) - 1, frames)).astype(int)
   chosen = np.unique(chosen)
   slots = np.full(len(t), len(chosen))
@@ -117,7 +117,7 @@ def _scan(step, carry, inputs, t, frames):
   film = jnp.zeros((len(chosen), *x.shape), x.dtype)
   rows = (slots[:-1], t[:-1], *inputs)
   (carry, film), _ = jax.lax.scan(recorded, (carry, film), rows)
-  return carry, film, jnp.asarray(t[chosen], jnp.float32)
+  return carry, film, t[chosen]
 
 
 def _result(x, nfe, film, times, success=True):
@@ -227,33 +227,56 @@ def plan_sample(
   plan = solver(sde, t)
   if final_denoise:
     plan = solvers.with_denoising(plan, t[-1])
-  mix = lambda weights, *states: ode.combine(
-    weights, jnp.concatenate([v[None] for v in states[:-1]] + [states[-1]])
+  x, film, times = carry_out(
+    plan,
+    rng,
+    score_fn,
+    sde,
+    z,
+    noisy=plan.noise.any(),
+    end=0 if final_denoise else t[-1],
+    frames=frames,
   )
+  return _result(x, len(plan.t), film, times)
+
+
+def carry_out(plan, rng, score_fn, sde, z, *, noisy, end, frames=0):
+  """Does what a plan says, from z on.
+
+  Args:
+    plan: a `solvers.Plan`.
+    rng, score_fn, sde, z, frames: as `pc_sample`.
+    noisy: whether the plan has noise.
+    end: time of the result.
+
+  Returns:
+    (x, frames but for the last, their times).
+  """
+
+  def mix(weights, *states):
+    return ode.combine(weights, jnp.concatenate(states))
 
   def advance(carry, inputs):
-    x, base, past = carry
-    t, i, keep, move, noise = inputs
+    (x, base, past), (t, i, keep, move, noise) = carry, inputs
     prediction = denoise(score_fn, sde, x, t)
     past = jnp.concatenate([prediction[None], past[:-1]])
-    base = mix(keep, x, base, past)
-    x = mix(move, base, past)
-    if plan.noise.any():
+    base = mix(keep, x[None], base[None], past)
+    x = mix(move, base[None], past)
+    if noisy:
       key = jax.random.fold_in(rng, i)
       x = x + noise * jax.random.normal(key, x.shape, x.dtype)
     return x, base, past
 
-  weights = (v.astype(z.dtype) for v in (plan.keep, plan.move, plan.noise))
+  weights = (jnp.asarray(v, z.dtype) for v in plan[1:])
   past = jnp.zeros((plan.move.shape[1] - 1, *z.shape), z.dtype)
-  nfe, end = len(plan.t), 0 if final_denoise else t[-1]
   (x, *_), film, times = _scan(
     advance,
     (z, z, past),
-    (np.arange(nfe), *weights),
-    np.append(plan.t, end),
+    (np.arange(len(plan.t)), *weights),
+    jnp.append(plan.t, end),
     frames,
   )
-  return _result(x, nfe, film, times)
+  return x, film, times
 
 
 # ------------------------------------------------------------- adaptive

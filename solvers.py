@@ -7,9 +7,10 @@ time s to t < s by (Lu et al. 2022b, Proposition 4.1)
 
 where h = lambda_t - lambda_s, and D is the data prediction E[x_0 | x] on the
 way. Every solver here, DDIM, DPM-Solver++, UniPC and Heun's, replaces the
-integral by a weighted sum of a few predictions. Weights depend on the grid alone, so a solver is a function
-(sde, t) -> `Plan` that writes them down in float64 before anything runs, and
-one loop (`sampling.plan_sample`) carries out all plans. It holds
+integral by a weighted sum of a few predictions. Weights depend on the grid
+alone, so a solver is a function (sde, t) -> `Plan` that writes them down in
+float64 before anything runs, and one loop (`sampling.plan_sample`) carries out
+all plans. It holds
 
     x        at which the next prediction D_0 = E[x_0 | x] is made
     base     the state at the start of a step; x may be on a stage of it
@@ -122,9 +123,10 @@ def dpmpp_2m(sde, t):
 def dpmpp_3m(sde, t):
   """DPM-Solver++'s multistep scheme with three predictions: third order.
 
-  The paper stops at two. Its authors' code has a third prediction with half
-  the weight that a quadratic needs, which is of second order; this integrates
-  the quadratic through the three exactly.
+  The paper stops at two. Its authors' code gives the curvature half the weight
+  that a quadratic needs; this integrates the quadratic through the three
+  predictions exactly. The first step can only be DDIM's; its error is of lower
+  order, and small since D hardly changes where all is noise.
   """
   return _multistep(sde, t, 3)
 
