@@ -110,6 +110,16 @@ def bits_per_dim(config, params, dataset, layout, folder):
 # ------------------------------------------------------------------ samples
 
 
+def _check_success(config, success):
+  """Raises if an adaptive solver did not arrive; the others always do."""
+  if not success:
+    kind = 'sde_' if config.sampling.method == 'adaptive_sde' else ''
+    raise FloatingPointError(
+      f'The solver {config.sampling.method!r} did not reach t = eps; larger '
+      f'config.sampling.{kind}rtol and {kind}atol may help.'
+    )
+
+
 def _local(array):
   """This host's rows of an array split along axis 0."""
   shards = {s.index[0].start or 0: s.data for s in array.addressable_shards}
@@ -155,11 +165,7 @@ def _make_batches(config, params, layout, folder, extract):
     if not _all_have(path):
       rng = jax.random.fold_in(jax.random.key(config.seed), number)
       images, nfe, success = sample(params, rng)
-      if not success:
-        raise FloatingPointError(
-          'The ODE solver failed; larger config.sampling.rtol and atol may '
-          'help.'
-        )
+      _check_success(config, success)
       images = datasets.to_uint8(_local(images), config.sampling.rounding)
       evaluation.save_npz(path, images=images, nfe=np.asarray(nfe))
     scored = _feature_file(folder, name, extract)
@@ -276,7 +282,9 @@ def _identity(config, *more):
     'training': ('objective', 'times', 'weighting', 'reduction', 'eps'),
     'eval': ('batch_size',),
     'data': [k for k in parts['data'] if k != 'path'],
-    'sampling': [k for k in parts['sampling'] if k != 'num_samples'],
+    'sampling': [
+      k for k in parts['sampling'] if k not in ('num_samples', 'frames')
+    ],
   }
   parts |= {
     section: {key: parts[section][key] for key in keys}
@@ -377,11 +385,32 @@ def evaluate_images(config, workdir, path, eval_folder='eval'):
 # ------------------------------------------------------------------- sample
 
 
+def _viewable(config, frames, times):
+  """States on the way as data look: noise as strong as the data, not stronger.
+
+  About the mean of alpha x_0 they are scaled by s / |(alpha s, sigma)|, where
+  s = 1/4 is about the spread of images in [0, 1]. Points stay as they are.
+  """
+  if config.data.dims:
+    return frames
+  alpha, sigma = experiment.make_sde(config).marginal(times)
+  centre, noise = (
+    (0.5, sigma / 2) if config.data.centered else (alpha / 2, sigma)
+  )
+  scale = 0.25 / np.hypot(0.25 * alpha, noise)
+  column = lambda v: np.reshape(v, (-1,) + (1,) * (frames.ndim - 1))
+  centre = np.broadcast_to(centre, alpha.shape)
+  return 0.5 + (frames - column(centre)) * column(scale)
+
+
 def sample(config, workdir):
   """Writes samples of a checkpoint: workdir/samples/step_N-HASH.npz and .png.
 
-  As many as config.sampling.num_samples; the .npz holds them as uint8
-  `images` and the number of score evaluations as `nfe`.
+  As many as config.sampling.num_samples; the .npz holds them as uint8 `images`
+  (or float32 `points`) and the number of score evaluations as `nfe`. With
+  config.sampling.frames, the way of those of the first batch is there too:
+  float32 `frames` [F, B, ..] at `frame_times` [F], and as pictures
+  step_N-HASH_frames.png and .gif.
   """
   experiment.check(config)
   workdir, count = pathlib.Path(workdir), config.sampling.num_samples
@@ -394,21 +423,30 @@ def sample(config, workdir):
     checkpoints.claim_workdir(config, workdir, write=False)
     like = run_lib.replicated(experiment.abstract_params(config), layout)
     params = saved.restore(step, like, 'ema')
-  make = run_lib.make_sample(config, layout, batch)
-  progress = reporting.Progress('samples', count, 'images')
-  images = []
+  make = run_lib.make_sample(
+    config, layout, batch, frames=config.sampling.frames
+  )
+  what = 'points' if config.data.dims else 'images'
+  progress = reporting.Progress('samples', count, what)
+  samples, film = [], {}
   for number in range(math.ceil(count / batch)):
     rng = jax.random.fold_in(jax.random.key(config.seed), number)
-    x, nfe, success = make(params, rng)
-    if not success:
-      raise FloatingPointError(
-        'The ODE solver failed; larger config.sampling.rtol and atol may help.'
-      )
-    images.append(datasets.to_uint8(np.asarray(x), config.sampling.rounding))
+    x, nfe, success, *way = make(params, rng)
+    _check_success(config, success)
+    samples.append(experiment.to_data(config, x))
+    if way and not film:
+      film = {'frames': np.asarray(way[0]), 'frame_times': np.asarray(way[1])}
+      film['frames'] = film['frames'][:, :count]
     progress(min(count, (number + 1) * batch))
-  images = np.concatenate(images)[:count]
+  samples = np.concatenate(samples)[:count]
   if jax.process_index() == 0:
     path = workdir / 'samples' / f'step_{step}-{_identity(config)}.npz'
-    evaluation.save_npz(path, images=images, nfe=np.asarray(nfe))
-    reporting.save_grid(path.with_suffix('.png'), images[:400])
+    evaluation.save_npz(path, **{what: samples}, nfe=np.asarray(nfe), **film)
+    shown = samples if config.data.dims else samples[:400]
+    reporting.save_samples(path.with_suffix('.png'), shown)
     reporting.say(f'{count} samples, {int(nfe)} NFE each: {path} and .png.')
+    if film:
+      frames = experiment.to_data(config, _viewable(config, *film.values()))
+      path = path.with_name(path.stem + '_frames.png')
+      reporting.save_trajectory(path, frames)
+      reporting.say(f'The way to them: {path} and .gif.')

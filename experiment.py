@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import datasets
+import grids
 import likelihood
 import losses
 import models
@@ -231,6 +232,8 @@ def make_sampler(config, batch_size, *, wrap=None, frames=0):
   """
   method = config.sampling.method
   sampler = _choose(sampling.SAMPLERS, method, 'sampling.method')
+  _choose(grids.GRIDS, config.sampling.grid, 'sampling.grid')
+  sampling.check_frames(frames)
   options = config.sampling.to_dict() | {'frames': frames}
   options |= _predictor_corrector(config.sampling)
   if method in solvers.SOLVERS:
@@ -346,7 +349,7 @@ def check(config):
   """Raises a ValueError, with the mend, for a config that cannot run."""
   make_score_fn(config, None)
   make_loss_fn(config, train=True)
-  make_sampler(config, 1)
+  make_sampler(config, 1, frames=config.sampling.frames)
   make_bits_per_dim(config)
   training = config.training
   if training.grad_accumulation < 1 or training.n_jitted_steps < 1:

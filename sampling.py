@@ -79,7 +79,8 @@ def _evaluations(make_step, sde, shape):
   return len(calls)
 
 
-def _check_frames(frames):
+def check_frames(frames):
+  """Raises a ValueError if so many frames cannot be recorded."""
   if frames < 0 or frames == 1:
     raise ValueError(
       f'sampling.frames={frames}: use 0 for none, or at least 2, the first '
@@ -100,7 +101,7 @@ def _scan(step, carry, inputs, t, frames):
   Returns:
     (carry, recorded states [F, B, ...], their times [F]).
   """
-  _check_frames(frames)
+  check_frames(frames)
   x, t = carry[0], jnp.asarray(t)
   chosen = np.rint(np.linspace(0, len(t) - 1, frames)).astype(int)
   chosen = np.unique(chosen)
@@ -287,7 +288,7 @@ def _in_stretches(solve, score_fn, sde, z, *, eps, final_denoise, frames):
 
   The solver starts anew at each frame; frames are evenly spaced in time.
   """
-  _check_frames(frames)
+  check_frames(frames)
   t = np.linspace(1, eps, max(frames, 2), dtype=np.float32)
 
   def stretch(carry, inputs):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import experiment
+import sde_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted(
@@ -169,6 +170,46 @@ def test_sampler_is_traced(name, monkeypatch):
   sample = experiment.make_sampler(config, batch_size=2)
   images, *_ = jax.eval_shape(sample, None, jax.random.key(0))
   assert images.shape == experiment.image_shape(config, 2)
+
+
+METHODS = [
+  ('ode', {}, 'quickstart'),
+  ('adaptive_sde', {}, 've/cifar10_ncsnpp_continuous'),
+  ('heun', {'s_churn': 40.0, 'grid': 'edm'}, 've/cifar10_ncsnpp'),
+  ('dpmpp_3s', {'grid': 'log_snr'}, 'vp/ddpm/cifar10'),
+  ('unipc', {'order': 3}, 'subvp/cifar10_ncsnpp_continuous'),
+  ('sde_dpmpp', {}, 'vp/ddpm/cifar10'),
+]
+
+
+@pytest.mark.parametrize('method,options,name', METHODS)
+def test_any_sampler_on_any_config(method, options, name, monkeypatch):
+  """From a given z, guided, with frames; options reach the solver."""
+  config = load(name)
+  config.sampling.update(method=method, num_steps=12, **options)
+  seen = []
+  fake = lambda config, params, **kwargs: lambda x, t: -x
+  monkeypatch.setattr(experiment, 'make_score_fn', fake)
+
+  def wrap(score_fn, sde, *, push):
+    seen.append(sde)
+    return lambda x, t: score_fn(x, t) + push
+
+  sample = experiment.make_sampler(config, 2, wrap=wrap, frames=3)
+  shape = experiment.image_shape(config, 2)
+  z, push = jnp.zeros(shape), jnp.zeros(shape)
+  result = jax.eval_shape(sample, None, jax.random.key(0), z, push=push)
+  assert [v.shape for v in result] == [shape, (), (), (3, *shape), (3,)]
+  assert isinstance(seen[0], sde_lib.SDE)
+
+
+def test_bad_sampling_options_are_named():
+  config = load('quickstart')
+  for key, value in [('method', 'dpm'), ('grid', 'even'), ('frames', 1)]:
+    bad = config.copy_and_resolve_references()
+    bad.sampling[key] = value
+    with pytest.raises(ValueError, match=f'sampling.{key}={value!r}'):
+      experiment.check(bad)
 
 
 @pytest.mark.parametrize(

@@ -290,6 +290,43 @@ def test_sample_writes_images(run):
     assert min(picture.size) >= 512
 
 
+def test_sample_shows_the_way_to_the_images(run, tmp_path):
+  config, workdir = run
+  config = config.copy_and_resolve_references()
+  config.sampling.update(method='heun', grid='edm', frames=3, num_samples=5)
+  eval_lib.sample(config, workdir)
+  (film,) = (workdir / 'samples').glob('*_frames.gif')
+  with np.load(str(film).replace('_frames.gif', '.npz')) as file:
+    assert file['images'].shape == (5, 8, 8, 1)
+    assert file['nfe'] == 2 * 3 + 1  # Three steps, and the mean of x_0.
+    assert file['frames'].shape == (3, 5, 8, 8, 1)
+    # Raw states: from the prior, sigma_max = 10, to the images.
+    assert 8 < file['frames'][0].std() < 12
+    last = datasets.to_uint8(file['frames'][-1])
+    np.testing.assert_array_equal(last, file['images'])
+    assert file['frame_times'][0] == 1 and file['frame_times'][-1] == 0
+  with Image.open(film) as pictures:
+    assert pictures.n_frames == 3
+    # Noise is shown as strong as data are, neither black nor white.
+    first = np.asarray(pictures.convert('L'))
+    assert 40 < first[first < 255].std() < 90
+  with Image.open(film.with_suffix('.png')) as strip:
+    assert strip.size[0] > strip.size[1] / 2
+  config.sampling.frames = 1
+  with pytest.raises(ValueError, match='frames=1'):
+    eval_lib.sample(config, workdir)
+
+
+@pytest.mark.parametrize(
+  'method,key', [('ode', 'rtol'), ('adaptive_sde', 'sde_rtol')]
+)
+def test_a_solver_that_fails_says_what_may_help(run, method, key):
+  config = run[0].copy_and_resolve_references()
+  config.sampling.method = method
+  with pytest.raises(FloatingPointError, match=f'sampling.{key}'):
+    eval_lib._check_success(config, False)
+
+
 def test_export_and_import_are_a_round_trip(run, tmp_path):
   config, workdir = run
   path = tmp_path / 'model.safetensors'
