@@ -287,7 +287,7 @@ def _identity(config, *more):
     ],
   }
   parts |= {
-    section: {key: parts[section][key] for key in keys}
+    section: {k: v for k, v in parts[section].items() if k in keys}
     for section, keys in keep.items()
   }
   del parts['optim']

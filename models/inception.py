@@ -12,6 +12,7 @@ each convention has a name (`VARIANTS`), which belongs in every result.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -111,6 +112,15 @@ def preprocess(images: Array, variant: str = 'tensorflow') -> Array:
 # --- The network -------------------------------------------------------------
 
 
+def _convolve(x, kernel, *args, **kwargs):
+  """As lax.conv_general_dilated; a 1x1 is a product, quicker on CPU."""
+  if kernel.shape[:2] == (1, 1):
+    return jnp.einsum(
+      'bhwi,io->bhwo', x, kernel[0, 0], precision=kwargs['precision']
+    )
+  return jax.lax.conv_general_dilated(x, kernel, *args, **kwargs)
+
+
 def _conv(x, features, kernel_size, name, *, strides=1, padding='SAME'):
   """Convolution (with its batch norm folded in) and ReLU."""
   conv = nn.Conv(
@@ -119,15 +129,45 @@ def _conv(x, features, kernel_size, name, *, strides=1, padding='SAME'):
     strides=strides,
     padding=padding,
     precision='highest',  # The default is coarser on GPU and TPU.
+    conv_general_dilated=_convolve,
     name=name,
   )
   return nn.relu(conv(x))
 
 
+def _pool(x, combine, stride=1):
+  """combine() of the pixels in each 3x3 window, of shifted images.
+
+  It is what reduce_window gives, two to five times as fast on CPU.
+  """
+  rows, columns = ((n - 3) // stride * stride + 1 for n in x.shape[1:3])
+  windows = [
+    x[:, i : i + rows : stride, j : j + columns : stride]
+    for i in range(3)
+    for j in range(3)
+  ]
+  return functools.reduce(combine, windows)
+
+
+def _pad(x, value):
+  return jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=value)
+
+
 def _avg_pool(x):
-  return nn.avg_pool(
-    x, (3, 3), strides=(1, 1), padding='SAME', count_include_pad=False
-  )
+  """3x3, the padding not counted."""
+  ends = lambda n: np.where(np.isin(np.arange(n), (0, n - 1)), 2.0, 3.0)
+  count = np.outer(*map(ends, x.shape[1:3])).astype(np.float32)
+  return _pool(_pad(x, 0), jnp.add) / count[None, :, :, None]
+
+
+def _max_pool(x):
+  """3x3, of every second pixel, without padding."""
+  return _pool(x, jnp.maximum, stride=2)
+
+
+def _same_max_pool(x):
+  """3x3, padded."""
+  return _pool(_pad(x, -jnp.inf), jnp.maximum)
 
 
 class MixedA(nn.Module):
@@ -157,7 +197,7 @@ class MixedB(nn.Module):
     b = _conv(x, 64, (1, 1), 'branch3x3dbl_1')
     b = _conv(b, 96, (3, 3), 'branch3x3dbl_2')
     b = _conv(b, 96, (3, 3), 'branch3x3dbl_3', **down)
-    c = nn.max_pool(x, (3, 3), strides=(2, 2))
+    c = _max_pool(x)
     return jnp.concatenate([a, b, c], axis=-1)
 
 
@@ -194,7 +234,7 @@ class MixedD(nn.Module):
     b = _conv(b, 192, (1, 7), 'branch7x7x3_2')
     b = _conv(b, 192, (7, 1), 'branch7x7x3_3')
     b = _conv(b, 192, (3, 3), 'branch7x7x3_4', **down)
-    c = nn.max_pool(x, (3, 3), strides=(2, 2))
+    c = _max_pool(x)
     return jnp.concatenate([a, b, c], axis=-1)
 
 
@@ -237,15 +277,14 @@ class InceptionV3(nn.Module):
       'pool_3': float32 [B, 2048]; 'logits': float32 [B, 1008], or None. As
       in Salimans et al. 2016 the logits lack the bias of the last layer.
     """
-    max_pool = lambda x: nn.max_pool(x, (3, 3), strides=(2, 2))
     # A convolution without padding, as XLA computes it thrice as fast on CPU.
     inner = lambda x: x[:, 1:-1, 1:-1]
     down = {'strides': 2, 'padding': 'VALID'}
     x = _conv(x, 32, (3, 3), 'Conv2d_1a_3x3', **down)
     x = inner(_conv(x, 32, (3, 3), 'Conv2d_2a_3x3'))
-    x = max_pool(_conv(x, 64, (3, 3), 'Conv2d_2b_3x3'))
+    x = _max_pool(_conv(x, 64, (3, 3), 'Conv2d_2b_3x3'))
     x = _conv(x, 80, (1, 1), 'Conv2d_3b_1x1')
-    x = max_pool(inner(_conv(x, 192, (3, 3), 'Conv2d_4a_3x3')))
+    x = _max_pool(inner(_conv(x, 192, (3, 3), 'Conv2d_4a_3x3')))
     x = MixedA(32, name='Mixed_5b')(x)
     x = MixedA(64, name='Mixed_5c')(x)
     x = MixedA(64, name='Mixed_5d')(x)
@@ -256,8 +295,7 @@ class InceptionV3(nn.Module):
     x = MixedC(192, name='Mixed_6e')(x)
     x = MixedD(name='Mixed_7a')(x)
     x = MixedE(_avg_pool, name='Mixed_7b')(x)
-    same_max_pool = lambda x: nn.max_pool(x, (3, 3), padding='SAME')
-    x = MixedE(same_max_pool, name='Mixed_7c')(x)
+    x = MixedE(_same_max_pool, name='Mixed_7c')(x)
     pool_3 = x.mean(axis=(1, 2))
     logits = None
     if self.with_logits:

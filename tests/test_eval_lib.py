@@ -1,6 +1,12 @@
 """Evaluation, sampling, import and export of a tiny run, end to end."""
 
 import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -32,14 +38,62 @@ class Pixels:
     return {'pool_3': np.float32(flat @ basis), 'logits': None}
 
 
-@pytest.fixture(scope='module')
-def run(tmp_path_factory):
-  """(config, workdir) of a run of a few steps."""
-  workdir = tmp_path_factory.mktemp('run')
+def get_config():
   config = tiny.get_config()
   config.eval.update(batch_size=100, num_samples=250, bpd_repeats=2)
   config.eval.enable_bpd = True
   config.sampling.update(corrector='none', num_steps=4, rtol=1e-2, atol=1e-2)
+  return config
+
+
+# Evaluates in a process of its own: the run, an .npz of images, the folder of
+# results ('killed': it dies by SIGKILL once it has samples twice and features
+# once), and of two processes the number of this one and a port.
+WORKER = """
+import os, signal, sys
+import jax
+workdir, theirs, name, *process = sys.argv[1:]
+jax.config.update('jax_num_cpu_devices', 1)
+if process:
+  jax.distributed.initialize('127.0.0.1:' + process[1], 2, int(process[0]))
+import eval_lib, evaluation, features, references
+from tests import test_eval_lib
+references.extractor = lambda config: test_eval_lib.Pixels()
+save, saved = evaluation.save_npz, []
+def save_and_die(path, **arrays):
+  save(path, **arrays)
+  saved.append(path.name)
+  if name == 'killed' and sum('samples_' in n for n in saved) == 3:
+    os.kill(os.getpid(), signal.SIGKILL)
+evaluation.save_npz = save_and_die
+config = test_eval_lib.get_config()
+config.eval.enable_bpd = name != 'killed'
+eval_lib.evaluate(config, workdir, name)
+eval_lib.evaluate_images(config, workdir, theirs, name)
+"""
+
+
+def start(*arguments, cache):
+  return subprocess.Popen(
+    [sys.executable, '-c', WORKER, *map(str, arguments)],
+    cwd=pathlib.Path(__file__).parents[1],
+    env=os.environ
+    | {
+      'JAX_COMPILATION_CACHE_DIR': tiny.CACHE,
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
+      'SCORE_SDE_CACHE': str(cache),
+    },
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  """(config, workdir) of a run of a few steps."""
+  workdir = tmp_path_factory.mktemp('run')
+  config = get_config()
   run_lib.train(config, workdir)
   return config, workdir
 
@@ -88,6 +142,76 @@ def test_evaluation_goes_on_where_it_stopped(run, capsys):
   _, second = only_result(folder)
   for metric in ('fid', 'test_loss', 'bits_per_dim'):
     assert first[metric] == second[metric]
+
+
+def test_killed_and_resumed(run, tmp_path):
+  """By SIGKILL, between the samples of a batch and their features."""
+  config, workdir = run
+  config = config.copy_and_resolve_references()
+  config.eval.enable_bpd = False
+  worker = start(workdir, 'none.npz', 'killed', cache=tmp_path / 'cache')
+  _, err = worker.communicate()
+  assert worker.returncode == -signal.SIGKILL, err
+  (folder,) = (workdir / 'killed').glob('step_*')
+  left = {path: path.stat().st_mtime_ns for path in folder.glob('*.npz')}
+  names = sorted(path.name for path in left if 'samples' in path.name)
+  assert names == ['samples_0-tensorflow.npz', 'samples_0.npz', 'samples_1.npz']
+  assert not list(folder.glob('result-*.json'))
+  eval_lib.evaluate(config, workdir, 'killed')
+  assert left == {path: path.stat().st_mtime_ns for path in left}
+  eval_lib.evaluate(config, workdir, 'whole')
+  results = [
+    json.loads((workdir / name / 'results.json').read_text())
+    for name in ('killed', 'whole')
+  ]
+  assert results[0] == results[1]
+
+
+@pytest.mark.slow
+def test_two_hosts_share_the_work(run, tmp_path):
+  """Each makes its half; the numbers are those of one."""
+  config, workdir = run
+  theirs = tmp_path / 'theirs.npz'
+  images = datasets.load(config.data, 'test').fetch(np.arange(201))
+  np.savez(theirs, images=images)
+  with socket.socket() as probe:
+    probe.bind(('127.0.0.1', 0))
+    port = probe.getsockname()[1]
+  workers = [
+    start(workdir, theirs, 'two', i, port, cache=tmp_path / 'cache')
+    for i in range(2)
+  ]
+  outputs = [worker.communicate() for worker in workers]
+  for worker, (_, err) in zip(workers, outputs, strict=True):
+    assert worker.returncode == 0, err
+  assert 'All results' in outputs[0][0]
+  assert 'results' not in outputs[1][0]
+  eval_lib.evaluate(config, workdir, 'one')
+  eval_lib.evaluate_images(config, workdir, theirs, 'one')
+  two, one = (
+    json.loads((workdir / name / 'results.json').read_text())[0]
+    | {'theirs': json.loads((workdir / name / 'theirs.json').read_text())}
+    for name in ('two', 'one')
+  )
+  for metric in ('fid', 'test_loss', 'bits_per_dim', 'precision'):
+    assert two[metric]['count'] == one[metric]['count']
+    assert two[metric]['value'] == pytest.approx(one[metric]['value'], rel=1e-2)
+  assert two['reference'] == one['reference']
+  assert two['theirs']['fid']['value'] == pytest.approx(
+    one['theirs']['fid']['value'], rel=1e-5
+  )
+  shares = {
+    path.name.removesuffix('.npz').split('_host_')[1]: len(
+      evaluation.load_npz(path)['pool_3']
+    )
+    for path in (workdir / 'two').rglob('samples_0-*.npz')
+  }
+  assert shares == {'0': 50, '1': 50}
+  shares = [
+    len(evaluation.load_npz(path)['pool_3'])
+    for path in sorted((workdir / 'two').rglob('images_*-*.npz'))
+  ]
+  assert shares == [50, 50, 50, 50, 1, 0]
 
 
 def test_more_samples_are_added_to_those_that_are_there(run, monkeypatch):
