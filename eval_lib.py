@@ -26,6 +26,7 @@ import datasets
 import evaluation
 import experiment
 import features
+import likelihood
 import references
 import reporting
 import run_lib
@@ -54,10 +55,13 @@ def _all_have(path):
 
 
 def bits_per_dim(config, params, dataset, layout, folder):
-  """Bits/dim of a dataset, {'value', 'std_error', 'count', 'repeats', 'nfe'}.
+  """Negative log-likelihoods of a dataset, {'bits_per_dim': .., 'nats': ..}.
 
-  The mean over `config.eval.bpd_repeats` dequantisations of every image; the
-  standard error is that over images.
+  The mean over `config.eval.bpd_repeats` dequantisations of every image, in
+  bits/dim and in nats per image (or point), each {'value', 'std_error',
+  'probe_error', 'count', 'repeats', 'nfe'}. `std_error` is the standard error
+  over images; `probe_error` the part of it that more probes would lower, 0 with
+  the exact trace and None with a single probe, which does not know it.
   """
   compute = jax.jit(
     experiment.make_bits_per_dim(config),
@@ -66,9 +70,10 @@ def bits_per_dim(config, params, dataset, layout, folder):
   )
   batch, repeats = config.eval.batch_size, config.eval.bpd_repeats
   num_batches = math.ceil(len(dataset) / batch)
-  name = f'bpd_{config.eval.bpd_eps:g}'
   progress = reporting.Progress('bits/dim', repeats * num_batches, 'batches')
-  passes, nfe = [], []
+  options = config.eval
+  name = f'bpd_{options.bpd_trace}_{options.bpd_probes}_{options.bpd_eps:g}'
+  passes, errors, nfe = [], [], []
   for repeat in range(repeats):
     paths = [
       _host_file(folder, f'{name}_{repeat}_{number}')
@@ -82,7 +87,7 @@ def bits_per_dim(config, params, dataset, layout, folder):
     ):
       if number not in missing:
         continue
-      bits, evaluations, success = compute(
+      bits, error, evaluations, success = compute(
         params, jax.random.fold_in(rng, number), images['image']
       )
       if not success:
@@ -91,11 +96,14 @@ def bits_per_dim(config, params, dataset, layout, folder):
           'config.sampling.rtol and atol may help.'
         )
       mask = multihost_utils.process_allgather(mask, tiled=True)
-      bits = np.asarray(bits)[np.asarray(mask) > 0]
-      evaluation.save_npz(paths[number], bits=bits, nfe=np.asarray(evaluations))
+      bits, error = (np.asarray(v)[np.asarray(mask) > 0] for v in (bits, error))
+      evaluation.save_npz(
+        paths[number], bits=bits, error=error, nfe=np.asarray(evaluations)
+      )
       progress(repeat * num_batches + number + 1)
     saved = [evaluation.load_npz(path) for path in paths]
     passes.append(np.concatenate([part['bits'] for part in saved]))
+    errors += [part['error'] for part in saved]
     nfe += [float(part['nfe']) for part in saved]
   per_image = np.mean(passes, axis=0)
   metric = evaluation.Metric(
@@ -103,8 +111,19 @@ def bits_per_dim(config, params, dataset, layout, folder):
     count=len(per_image),
     std_error=float(per_image.std(ddof=1) / math.sqrt(len(per_image))),
   )
-  more = {'repeats': repeats, 'nfe': float(np.mean(nfe))}
-  return dataclasses.asdict(metric) | more
+  errors = np.concatenate(errors)
+  probe_error = float(np.sqrt(np.sum(errors**2)) / len(errors))
+  more = {
+    'probe_error': None if math.isnan(probe_error) else probe_error,
+    'repeats': repeats,
+    'nfe': float(np.mean(nfe)),
+  }
+  bits = dataclasses.asdict(metric) | more
+  nats, dims = dict(bits), math.prod(experiment.image_shape(config, 1))
+  for key in ('value', 'std_error', 'probe_error'):
+    if bits[key] is not None:
+      nats[key] = bits[key] * likelihood.nats_per_bit(dims)
+  return {'bits_per_dim': bits, 'nats': nats}
 
 
 # ------------------------------------------------------------------ samples
@@ -251,9 +270,7 @@ def _evaluate_step(config, step, params, layout, folder, tools):
       references.barrier('loss')
     result['test_loss'] = json.loads(path.read_text())
   if config.eval.enable_bpd:
-    result['bits_per_dim'] = bits_per_dim(
-      config, params, test_set, layout, folder
-    )
+    result |= bits_per_dim(config, params, test_set, layout, folder)
   if config.eval.enable_sampling:
     count, extract = config.eval.num_samples, tools['extract']
     names = _make_batches(config, params, layout, folder, extract)

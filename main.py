@@ -3,7 +3,8 @@
   python main.py --config configs/quickstart.py --workdir W --mode train
 
 Modes: train; eval (loss, bits/dim, FID and the like of checkpoints, or of
---samples); sample; stats (reference statistics of the config's dataset);
+--samples); sample; encode (test images to latent codes, and back, between and
+beyond); stats (reference statistics of the config's dataset);
 import (a released --checkpoint into workdir); export (to --output).
 """
 
@@ -21,7 +22,9 @@ import experiment
 from configs import base
 
 FLAGS = flags.FLAGS
-MODES = ('train', 'eval', 'sample', 'stats', 'import', 'export')
+MODES = (
+  'train', 'eval', 'sample', 'encode', 'stats', 'import', 'export',
+)  # fmt: skip
 config_flags.DEFINE_config_file('config', None, 'Configuration.')
 flags.DEFINE_string('workdir', None, 'Folder of the run.')
 flags.DEFINE_enum('mode', None, MODES, 'What to do.')
@@ -37,6 +40,7 @@ flags.mark_flags_as_required(['config', 'workdir', 'mode'])
 
 def run():
   import eval_lib
+  import latent
   import references
   import run_lib
 
@@ -52,6 +56,8 @@ def run():
       eval_lib.evaluate(config, workdir, FLAGS.eval_folder)
     case 'sample':
       eval_lib.sample(config, workdir)
+    case 'encode':
+      latent.encode(config, workdir)
     case 'stats':
       references.stats(config, workdir)
     case 'import':

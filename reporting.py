@@ -163,13 +163,14 @@ def _save_picture(path, *pictures, **options):
   os.replace(part, path)
 
 
-def save_grid(path, images, *, scale_to=512):
-  """Writes uint8 images [N, H, W, C], C = 1, 3 or 4, as one nearly square PNG.
+def save_grid(path, images, *, columns=None, scale_to=512):
+  """Writes uint8 images [N, H, W, C], C = 1, 3 or 4, as one PNG.
 
+  Rows are of `columns` images, or of so many that the grid is nearly square.
   Small images are enlarged by a whole factor, to a grid of about `scale_to`
   pixels; two white pixels part them.
   """
-  columns = int(np.ceil(np.sqrt(len(images))))
+  columns = columns or int(np.ceil(np.sqrt(len(images))))
   _save_picture(path, _tiled(images, columns, scale_to))
 
 
@@ -210,8 +211,8 @@ def save_trajectory(path, frames):
 
 
 METRICS = (
-  'test_loss', 'bits_per_dim', 'fid', 'kid', 'is_1_split', 'is_10_splits',
-  'precision', 'recall', 'density', 'coverage',
+  'test_loss', 'bits_per_dim', 'nats', 'fid', 'kid', 'is_1_split',
+  'is_10_splits', 'precision', 'recall', 'density', 'coverage',
 )  # fmt: skip
 # What sets the number of evaluations, and so is no line of its own over NFE.
 _COST = ('num_steps', 'rtol', 'atol')
@@ -251,8 +252,9 @@ def _labels(results, leave_out=()):
 def _show(metric):
   if metric['value'] is None:
     return 'n/a'
-  error = metric.get('std_error')
-  return f'{metric["value"]:.5g}' + (f' +- {error:.2g}' if error else '')
+  error, probes = metric.get('std_error'), metric.get('probe_error')
+  text = f'{metric["value"]:.5g}' + (f' +- {error:.2g}' if error else '')
+  return text + (f' (probes {probes:.1g})' if probes else '')
 
 
 def table(results):

@@ -159,7 +159,8 @@ def edm(config):
   config.training.update(reduction='half_sum', batch_size=512, n_iters=390_625)
   config.training.update(ema_rate=0.99929, ema_warmup=True)
   config.optim.update(lr=1e-3, warmup=19_531, grad_clip=0.0)
-  config.sampling.update(method='ode', num_steps=18, eps=0.002 / 80)
+  config.sampling.update(method='heun', grid='edm', num_steps=18)
+  config.sampling.eps = 0.002 / 80
 
 
 # ----------------------------------------------------------------- networks

@@ -41,7 +41,7 @@ class Pixels:
 def get_config():
   config = tiny.get_config()
   config.eval.update(batch_size=100, num_samples=250, bpd_repeats=2)
-  config.eval.enable_bpd = True
+  config.eval.update(enable_bpd=True, bpd_probes=2)
   config.sampling.update(corrector='none', num_steps=4, rtol=1e-2, atol=1e-2)
   return config
 
@@ -117,7 +117,11 @@ def test_evaluation_goes_on_where_it_stopped(run, capsys):
   assert first['fid']['count'] == 250 and first['fid']['value'] > 0
   assert first['fid']['std_error'] > 0
   assert first['test_loss']['count'] == first['bits_per_dim']['count'] == 297
-  assert first['bits_per_dim']['repeats'] == 2
+  bits, nats = first['bits_per_dim'], first['nats']
+  assert bits['repeats'] == 2
+  assert 0 < bits['probe_error'] < bits['std_error']
+  for key in ('value', 'std_error', 'probe_error'):
+    np.testing.assert_allclose(nats[key], bits[key] * 64 * np.log(2))
   assert (first['step'], first['seed'], first['nfe']) == (8, 42, 4)
   assert first['sampler']['predictor'] == 'reverse_diffusion'
   assert first['config']['eval']['num_samples'] == first['count'] == 250

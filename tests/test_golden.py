@@ -183,6 +183,18 @@ def test_ode_sample(case):
   assert abs(int(solution.nfe) - g['ode_nfe']) <= 0.1 * g['ode_nfe']
 
 
+@pytest.mark.slow  # A few hundred evaluations each way
+@pytest.mark.parametrize('case', ODE_CASES)
+def test_codes(case):
+  """The release's samples encode to the codes that they were drawn from."""
+  g, _ = golden.load(case)
+  sde, _ = PROCESSES[case]
+  encode = functools.partial(likelihood.encode, score_of(case), sde)
+  code = jax.jit(lambda x: encode(x, eps=float(g['ode_eps'])))(g['ode_x'])
+  assert code.success
+  near(code.y, g['ode_z'], 1e-2)
+
+
 @pytest.mark.slow  # 1,500 to 2,900 evaluations of a network and its vjp
 @pytest.mark.parametrize('case', ODE_CASES)
 def test_likelihood(case):
