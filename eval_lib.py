@@ -299,9 +299,7 @@ def _identity(config, *more):
     'training': ('objective', 'times', 'weighting', 'reduction', 'eps'),
     'eval': ('batch_size',),
     'data': [k for k in parts['data'] if k != 'path'],
-    'sampling': [
-      k for k in parts['sampling'] if k not in ('num_samples', 'frames')
-    ],
+    'sampling': parts['sampling'].keys() - {*reporting.OF_SAMPLE},
   }
   parts |= {
     section: {k: v for k, v in parts[section].items() if k in keys}

@@ -215,14 +215,16 @@ METRICS = (
   'is_10_splits', 'precision', 'recall', 'density', 'coverage',
 )  # fmt: skip
 # What sets the number of evaluations, and so is no line of its own over NFE.
-_COST = ('num_steps', 'rtol', 'atol')
+_COST = ('num_steps', 'rtol', 'atol', 'sde_rtol', 'sde_atol')
+OF_SAMPLE = ('num_samples', 'frames')  # Of --mode sample only.
 
 
 def _settings(result):
   """What may tell results of one checkpoint apart."""
-  settings = dict(result.get('sampler', {}), seed=result.get('seed'))
-  for key in ('num_samples', 'frames'):  # Of --mode sample.
-    settings.pop(key, None)
+  settings = {
+    k: v for k, v in result.get('sampler', {}).items() if k not in OF_SAMPLE
+  }
+  settings['seed'] = result.get('seed')
   if 'sampler' in result:
     settings['N'] = result.get('count')
     settings['variant'] = result.get('inception_variant')

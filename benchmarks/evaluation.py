@@ -6,8 +6,8 @@ Prints images per second through the Inception network, ours and (where torch
 and pytorch-fid are installed) pytorch-fid's, with the same weights, images
 and batches; and seconds for the Frechet distance of 2048 dimensions, ours and
 by scipy's matrix square root. Rounds alternate and the fastest counts, so
-that a busy machine is fair to both; CPU seconds, of all threads together, are
-what it disturbs least.
+that a busy machine is fair to both; CPU seconds are of all threads together,
+those that spin while they wait for others included.
 """
 
 import argparse
