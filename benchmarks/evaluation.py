@@ -80,11 +80,11 @@ def time_frechet(args):
   ours = lambda: evaluation.frechet_distance(a.mu, a.sigma, b.mu, b.sigma)
   seconds, results = fastest([ours, scipy_distance], args.rounds)
   print(f'\nFrechet distance, 2048 dimensions, {args.samples} samples each')
-  print('              seconds  CPU s   distance')
+  print('              seconds  CPU s     distance')
   for name, (s, cpu), distance in zip(
     ('ours', 'scipy sqrtm'), seconds, results, strict=True
   ):
-    print(f'{name:12}{s:9.2f}{cpu:7.1f}{distance:11.6f}')
+    print(f'{name:12}{s:9.2f}{cpu:7.1f}{distance:13.6f}')
 
 
 def main():
