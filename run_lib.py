@@ -8,6 +8,7 @@ random numbers do not depend on the number of devices.
 
 import math
 import pathlib
+import shutil
 import signal
 import time
 import typing
@@ -464,14 +465,18 @@ def import_released(config, workdir, path):
 
   JAX (`checkpoint_N`), PyTorch (`*.pth`) or a safetensors file of `export`.
   Training then goes on from it, with Adam's moments where the file has them.
+  The workdir appears whole, by one renaming, or not at all.
 
   Raises:
     ValueError: the file is damaged or of another network; or workdir has
-      checkpoints already. Nothing is written then.
+      something in it already. Nothing is written then.
   """
+  workdir = pathlib.Path(workdir)
+  if not path:
+    raise ValueError('--mode import needs --checkpoint FILE.')
   experiment.check(config)
-  if (pathlib.Path(workdir) / 'checkpoints').exists():
-    raise ValueError(f'{workdir} has checkpoints already: choose another.')
+  if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+    raise ValueError(f'{workdir} exists already: choose another --workdir.')
   found = released.load(path, config)
   optimizer = experiment.make_optimizer(config)
   state = TrainState(
@@ -481,10 +486,14 @@ def import_released(config, workdir, path):
     found.ema_params,
   )
   state = jax.tree.map(jnp.asarray, state)
-  checkpoints.claim_workdir(config, workdir)
-  with checkpoints.Checkpoints(workdir, keep_every=1) as saved:
+  # Beside it, so that a process that dies leaves no half of a workdir.
+  part = workdir.with_name(workdir.name + '.part')
+  shutil.rmtree(part, ignore_errors=True)
+  checkpoints.claim_workdir(config, part)
+  with checkpoints.Checkpoints(part, keep_every=1) as saved:
     saved.save(int(found.step), _without_ema(state), state.ema)
     saved.wait()
+  part.replace(workdir)
   reporting.say(f'{path} is checkpoint {found.step} of {workdir}.')
 
 

@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -469,23 +471,83 @@ def test_export_and_import_are_a_round_trip(run, tmp_path):
 
 
 def tree_equal(a, b):
-  import jax
-
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_released_checkpoint_becomes_a_run(tmp_path):
-  """The genuine file, reduced: sampled and trained on like a run of ours."""
+def reduced_release(dataset):
+  """(config, path) of a genuine file of the paper's JAX release, reduced."""
   config = experiment.load_config('configs/ve/ffhq_256_ncsnpp_continuous.py')
   config.model.update(
     nf=8, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(8,),
     dropout=0.0,
   )  # fmt: skip
-  config.data.update(dataset='digits', image_size=16)
-  path = golden.DATA / 'released_jax.checkpoint'
-  run_lib.import_released(config, tmp_path, path)
-  like = experiment.abstract_params(config)
-  ema = checkpoints.restore_ema(tmp_path, like)
-  tree_equal(ema, released.load(path, config).ema_params)
-  with checkpoints.Checkpoints(tmp_path) as saved:
+  config.data.update(dataset='npz', path=str(dataset), image_size=16)
+  config.training.update(batch_size=4, n_iters=4, n_jitted_steps=1)
+  config.training.snapshot_sampling = False
+  return config, golden.DATA / 'released_jax.checkpoint'
+
+
+def test_released_checkpoint_becomes_a_run(tmp_path):
+  """All that training goes on from is in it, bit by bit."""
+  config, path = reduced_release('unused.npz')
+  run_lib.import_released(config, tmp_path / 'run', path)
+  found = released.load(path, config)
+  layout = run_lib.make_layout()
+  init, _ = run_lib.make_init(config, layout)
+  like = jax.eval_shape(init, experiment.abstract_params(config))
+  like = run_lib.replicated(like, layout)
+  with checkpoints.Checkpoints(tmp_path / 'run') as saved:
     assert saved.steps == [3]
+    state = saved.restore(3, run_lib._without_ema(like), 'state')
+    tree_equal(saved.restore(3, like.ema, 'ema'), found.ema_params)
+  assert int(state['step']) == 3
+  tree_equal(state['params'], found.params)
+  # Adam's mu, nu and count, and the schedule's count.
+  optimizer = experiment.make_optimizer(config)
+  tree_equal(state['opt_state'], released.optimizer_state(optimizer, found))
+  counts = [v for v in jax.tree.leaves(state['opt_state']) if not v.ndim]
+  assert [int(v) for v in counts] == [3, 3]
+
+
+@pytest.mark.slow  # compiles a training step, on two cores for a minute
+def test_training_goes_on_from_a_released_checkpoint(tmp_path):
+  """By --mode train: the step that follows the state in the file."""
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (8, 16, 16, 3), np.uint8)
+  np.savez(tmp_path / 'data.npz', x_train=images, x_test=images)
+  config, path = reduced_release(tmp_path / 'data.npz')
+  run_lib.import_released(config, tmp_path / 'run', path)
+  run_lib.train(config, tmp_path / 'run')
+  like = experiment.abstract_params(config)
+  with checkpoints.Checkpoints(tmp_path / 'run') as saved:
+    assert saved.last == 4
+  ema = checkpoints.restore_ema(tmp_path / 'run', like)
+
+  found, layout = released.load(path, config), run_lib.make_layout()
+  optimizer = experiment.make_optimizer(config)
+  state = run_lib.TrainState(
+    np.int32(3),
+    found.params,
+    released.optimizer_state(optimizer, found),
+    found.ema_params,
+  )
+  state = jax.device_put(jax.tree.map(jnp.asarray, state), layout.replicated)
+  fetch = run_lib.make_fetch(config, datasets.load(config.data, 'train'))
+  batches = run_lib.to_global(layout.microbatches, fetch(3))
+  state, _ = run_lib.make_train_steps(config, layout)(state, batches)
+  tree_equal(ema, state.ema)
+  moved = jax.tree.map(lambda a, b: (a != b).any(), ema, found.ema_params)
+  assert any(jax.tree.leaves(moved))
+
+
+def test_notebook_from_an_exported_file(run, tmp_path):
+  """The README's lines: no flags, no workdir."""
+  path = str(tmp_path / 'model.safetensors')
+  run_lib.export(*run, path)
+  # From here on, as in a notebook.
+  config = released.exported_config(path)
+  params = released.load(path, config).ema_params
+  sample = jax.jit(experiment.make_sampler(config, batch_size=16))
+  images, nfe, success = sample(params, jax.random.key(0))
+  assert images.shape == (16, 8, 8, 1) and np.isfinite(images).all()
+  assert nfe == 2 * config.sampling.num_steps + 1 and success

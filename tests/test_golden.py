@@ -29,7 +29,10 @@ PROCESSES = {
   've_ncsnv2': (sde_lib.VESDE(num_scales=232), 'smld_label'),
 }
 CONTINUOUS = list(PROCESSES)[:4]
-NUM_SCALES = dict.fromkeys(CONTINUOUS, 1000) | {'ve_ffhq_256_ncsnpp': 2000}
+NUM_SCALES = dict.fromkeys(PROCESSES, 1000) | {
+  've_ffhq_256_ncsnpp': 2000,
+  've_ncsnv2': 232,
+}
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
 
 
@@ -50,10 +53,14 @@ def near(got, want, tolerance=5e-5):
   np.testing.assert_allclose(got / scale, want / scale, atol=tolerance)
 
 
-@pytest.mark.parametrize('case', CONTINUOUS)
+@pytest.mark.parametrize('case', PROCESSES)
 def test_process(case):
-  g, _ = golden.load(case)
-  sde, _ = PROCESSES[case]
+  g, params = golden.load(case)
+  assert sum(v.size for v in jax.tree.leaves(params)) == g['param_count']
+  # Of DDPM's chain the release computes marginals as those of its limit.
+  sde = PROCESSES[case][0].continuous
+  in_range = (lambda x: x) if case.startswith('ve') else (lambda x: 2 * x - 1)
+  np.testing.assert_array_equal(in_range(g['data01']), g['data'])
   alpha, sigma = sde.marginal(g['t'])
   # Near t = 0 the release's 1 - exp(..) has lost digits in float32.
   close(sigma, g['std'], rtol=1e-4)
@@ -74,6 +81,21 @@ def _chain_times(case, t):
   if isinstance(sde, sde_lib.SubVPSDE):
     return t, t - 1 / n
   return level, level - 1 / n
+
+
+@pytest.mark.parametrize('case', PROCESSES)
+def test_discretisation(case):
+  """x_t = a x_s + sqrt(v) z, there x + disc_f + disc_G z."""
+  g, _ = golden.load(case)
+  sde, _ = PROCESSES[case]
+  t, s = (np.float32(v) for v in _chain_times(case, g['t'].astype(float)))
+  a, v = sde.discretize(s, t)
+  if isinstance(sde, sde_lib.VESDE):  # Below its lowest level it has sigma = 0.
+    v = np.where(s < 0, sde.marginal(t)[1] ** 2, v)
+    assert (a == 1).all() and not g['disc_f'].any()
+  else:
+    near(sde_lib.expand(a - 1, g['x']) * g['x'], g['disc_f'], 1e-4)
+  close(np.sqrt(v), g['disc_G'], rtol=1e-4)
 
 
 @pytest.mark.parametrize('case', CONTINUOUS)

@@ -2,14 +2,17 @@
 
 import os
 import pathlib
+import pickle
 import shutil
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 from absl import app, flags
 
-from tests import tiny
+from tests import golden, tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -160,6 +163,90 @@ def test_untrained_workdir(call, tmp_path, mode):
   assert error.startswith('error: ')
   assert 'train with this --workdir first' in error
   assert not workdir.exists()
+
+
+def _hostile(data, trace):
+  class Call:
+    def __reduce__(self):
+      return os.mkdir, (str(trace),)
+
+  return pickle.dumps({'model': Call()}, 2)
+
+
+@pytest.mark.parametrize(
+  ('content', 'message'),
+  [
+    (lambda data, trace: data, ' is of another network than the config: '),
+    (lambda data, trace: data[: len(data) // 2], ' is damaged, or no file of'),
+    (lambda data, trace: b'', ' is damaged, or no file of'),
+    (_hostile, 'cannot be read as a PyTorch file: it asks for posix.mkdir'),
+    (None, 'error: There is no checkpoint file '),
+  ],
+)
+def test_import_of_a_bad_file(call, tmp_path, content, message):
+  workdir, path = tmp_path / 'run', tmp_path / 'checkpoint_1'
+  trace = tmp_path / 'trace'
+  if content:
+    data = (golden.DATA / 'released_jax.checkpoint').read_bytes()
+    path.write_bytes(content(data, trace))
+  before = contents(tmp_path)
+  error = call(
+    '--workdir', str(workdir), '--mode=import', '--checkpoint', str(path)
+  )
+  assert error.startswith('error: ') and message in error
+  assert len(error.strip().splitlines()) == 1
+  assert contents(tmp_path) == before
+  assert not workdir.exists() and not trace.exists()
+
+
+def test_import_needs_a_file_and_a_new_workdir(call, trained, tmp_path):
+  error = call('--workdir', str(tmp_path / 'run'), '--mode=import')
+  assert 'needs --checkpoint FILE' in error
+  before = contents(trained[0])
+  error = call(
+    '--workdir', str(trained[0]), '--mode=import', '--checkpoint=anything'
+  )
+  assert f'{trained[0]} exists already: choose another --workdir.' in error
+  assert contents(trained[0]) == before
+
+
+def test_import_that_dies_leaves_no_workdir(call, tmp_path, monkeypatch):
+  """Killed when the checkpoint was saved, and repeated."""
+  import checkpoints
+  import experiment
+  import released
+  import run_lib
+
+  config, workdir = tiny.get_config(), tmp_path / 'run'
+  like = experiment.abstract_params(config)
+  params = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), like)
+  released.export(tmp_path / 'model', config, params)
+
+  def die(self):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoints.Checkpoints, 'wait', die)
+    with pytest.raises(KeyboardInterrupt):
+      run_lib.import_released(config, workdir, tmp_path / 'model')
+  assert not workdir.exists()
+  run_lib.import_released(config, workdir, tmp_path / 'model')
+  assert {p.name for p in tmp_path.iterdir()} == {'model', 'run'}
+  with checkpoints.Checkpoints(workdir) as saved:
+    assert saved.steps == [0]
+
+
+def test_export_that_diffusers_cannot_represent(call, trained, tmp_path):
+  """It is said before anything is read."""
+  error = call(
+    '--workdir',
+    str(trained[0]),
+    '--mode=export',
+    '--output',
+    str(tmp_path / 'x'),
+  )
+  assert "error: diffusers' UNet2DModel cannot be this network exactly" in error
+  assert not any(tmp_path.iterdir())
 
 
 def test_no_tensorflow():
