@@ -140,6 +140,9 @@ def _obstacles(config):
           'its attention normalises 32 groups of at least 4 channels, and '
           f'there are {channels} at one of model.attn_resolutions'
         )
+  placed = {ours for ours, _, _ in _modules(config)}
+  for left in sorted(experiment.abstract_params(config).keys() - placed):
+    yield f'it has no place for {left}'
 
 
 def _channels(network):
@@ -217,11 +220,10 @@ def _pipeline(config):
 
 def unet_tensors(config, ema_params):
   """Parameters by diffusers' names and in PyTorch's layout."""
-  tensors, counts = {}, collections.Counter()
-  for kind, module in _walk(config):
-    params = ema_params[f'{kind}_{counts[kind]}']
-    counts[kind] += 1
-    for (*child, leaf), value in traverse_util.flatten_dict(params).items():
+  tensors = {}
+  for ours, kind, module in _modules(config):
+    params = traverse_util.flatten_dict(ema_params[ours])
+    for (*child, leaf), value in params.items():
       parts = module, *(_child(kind, name) for name in child)
       leaf = 'bias' if leaf in ('bias', 'b') else 'weight'
       name = '.'.join(filter(None, (*parts, leaf)))
@@ -247,8 +249,16 @@ def _child(kind, name):
   return _ATTENTION[name] if kind.startswith('Attn') else ''
 
 
+def _modules(config):
+  """(name here, its class, name there) of each module."""
+  counts = collections.Counter()
+  for kind, theirs in _walk(config):
+    yield f'{kind}_{counts[kind]}', kind, theirs
+    counts[kind] += 1
+
+
 def _walk(config):
-  """(class here, module there) in the network's order of construction.
+  """(class here, name there) in the network's order of construction.
 
   Modules of a class are numbered in this order, which is what ties the two.
   """

@@ -7,6 +7,7 @@ released_torch.npz.
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 import pickle
@@ -292,8 +293,20 @@ def test_classifier(tmp_path):
   path = tmp_path / 'classifier'
   tree = traverse_util.unflatten_dict(old)
   path.write_bytes(serialization.msgpack_serialize(tree))
-  got = released.load_classifier(path, network, image_size=8)
-  assert_same(got, params)
+  load = functools.partial(released.load_classifier, network=network)
+  assert_same(load(path, image_size=8), params)
+  # Ours, by the same function as score models.
+  ours = tmp_path / 'classifier.safetensors'
+  released.export(ours, config_of(FILES[0]), params)
+  assert_same(load(ours, image_size=8), params)
+  # A score model's file, of either release; and a cut one.
+  for name in FILES:
+    with pytest.raises(ValueError, match=r'W is .* in the file, \(128,\) in'):
+      load(DATA / name, image_size=8)
+  cut = tmp_path / 'cut'
+  cut.write_bytes(path.read_bytes()[:-1000])
+  with pytest.raises(ValueError, match='cut is damaged'):
+    load(cut, image_size=8)
   # Not a score model.
   with pytest.raises(ValueError, match='of another network than the config'):
     released.load(path, config_of(FILES[0]))
