@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -42,6 +43,22 @@ def test_it_reaches_the_data(sde):
 def test_tolerance_costs_evaluations():
   nfe = [int(sampler(SDES[1])(rtol).nfe) for rtol in (0.5, 0.1, 0.02)]
   assert nfe[0] < nfe[1] < nfe[2]
+
+
+def test_brownian_path():
+  """A fixed path: w(0) = 0, and increments that are independent N(0, dt)."""
+  times = jnp.asarray([0.0, 1e-3, 0.25, 0.3, 0.9, 1.0])
+  walk = compiled(
+    jax.vmap(
+      lambda t: adaptive_sde.brownian_path(jax.random.key(3), t, (4000,))
+    )
+  )
+  path = np.asarray(walk(times))
+  np.testing.assert_allclose(path[0], 0, atol=1e-6)
+  steps = np.diff(path, axis=0) / np.sqrt(np.diff(times))[:, None]
+  covariance = np.cov(steps)
+  np.testing.assert_allclose(covariance, np.eye(5), atol=4 * np.sqrt(2 / 4000))
+  np.testing.assert_allclose(steps.mean(1), 0, atol=4 / np.sqrt(4000))
 
 
 def test_a_linear_sde_without_noise_is_solved():

@@ -16,6 +16,7 @@ import ode
 import predictors
 import sampling
 import sde_lib
+import solvers
 from models import score as score_lib
 from tests import golden
 
@@ -215,6 +216,37 @@ def test_codes(case):
   code = jax.jit(lambda x: encode(x, eps=float(g['ode_eps'])))(g['ode_x'])
   assert code.success
   near(code.y, g['ode_z'], 1e-2)
+
+
+# The VP network is told 999 t through sines, and was hardly trained: it takes
+# more steps to follow those.
+@pytest.mark.parametrize(
+  'case,solver,num_steps',
+  [
+    ('ve_ncsnpp_continuous', solvers.unipc, 150),
+    ('vp_ddpmpp_continuous', solvers.dpmpp_2m, 500),
+  ],
+)
+def test_fast_solvers_reach_the_ode_sample(case, solver, num_steps):
+  g, _ = golden.load(case)
+  sde, _ = PROCESSES[case]
+
+  @jax.jit
+  def solve(z):
+    return sampling.plan_sample(
+      None,
+      score_of(case),
+      sde,
+      z,
+      solver=solver,
+      num_steps=num_steps + 1,
+      eps=float(g['ode_eps']),
+      final_denoise=False,
+    )
+
+  samples = solve(g['ode_z'])
+  near(samples.x, g['ode_x'], 1e-3)
+  assert int(samples.nfe) == num_steps
 
 
 @pytest.mark.slow  # 1,500 to 2,900 evaluations of a network and its vjp

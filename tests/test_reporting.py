@@ -189,3 +189,24 @@ def test_table(tmp_path, capsys):
 def test_no_curves_of_nothing(tmp_path):
   reporting.save_curves(tmp_path / 'curves.png', [{'step': 1}], ['fid'])
   assert not any(tmp_path.iterdir())
+
+
+def test_trajectories_are_strips_and_films(tmp_path):
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (5, 12, 8, 8, 3), np.uint8)
+  reporting.save_trajectory(tmp_path / 'images.png', images)
+  with Image.open(tmp_path / 'images.png') as strip:
+    pixels = np.asarray(strip)
+  # Rows are the first eight examples, columns the frames.
+  scale = 1024 // (5 * 8)
+  cell = 8 * scale + 2
+  assert pixels.shape == (8 * cell - 2, 5 * cell - 2, 3)
+  found = pixels[2 * cell :: scale][:8, 3 * cell :: scale][:, :8]
+  np.testing.assert_array_equal(found, images[3, 2])
+  reporting.save_trajectory(
+    tmp_path / 'points.png', rng.normal(size=(4, 99, 2))
+  )
+  for name, count in (('images', 5), ('points', 4)):
+    with Image.open(tmp_path / f'{name}.gif') as film:
+      assert film.n_frames == count
+  assert not list(tmp_path.glob('*.part'))
