@@ -349,7 +349,14 @@ def check(config):
   """Raises a ValueError, with the mend, for a config that cannot run."""
   make_score_fn(config, None)
   make_loss_fn(config, train=True)
-  make_sampler(config, 1, frames=config.sampling.frames)
+  # Traced with a score that costs nothing: grids may be too coarse or too fine.
+  sample = make_sampler(
+    config,
+    1,
+    wrap=lambda score_fn, sde: lambda x, t: x,
+    frames=config.sampling.frames,
+  )
+  jax.eval_shape(sample, None, jax.random.key(0))
   make_bits_per_dim(config)
   training = config.training
   if training.grad_accumulation < 1 or training.n_jitted_steps < 1:

@@ -265,6 +265,10 @@ def heun(sde, t, *, s_churn=0.0, s_min=0.0, s_max=np.inf, s_noise=1.0):
     s_min, s_max: the levels sigma / alpha between which it is.
     s_noise: its standard deviation, in terms of what the level rises by.
   """
+  if min(s_churn, s_noise) < 0:
+    raise ValueError(
+      f'sampling.s_churn={s_churn} and s_noise={s_noise} must not be negative.'
+    )
   alpha, sigma, lam = _levels(sde, t)
   ratio = sigma / alpha
   gain = min(s_churn / max(len(t) - 1, 1), np.sqrt(2) - 1)

@@ -249,8 +249,15 @@ def test_any_sampler_on_any_config(method, options, name, monkeypatch):
 
 def test_bad_sampling_options_are_named():
   config = load('quickstart')
-  for key, value in [('method', 'dpm'), ('grid', 'even'), ('frames', 1)]:
-    bad = config.copy_and_resolve_references()
-    bad.sampling[key] = value
+  bad = {'method': 'dpm', 'grid': 'even', 'frames': 1, 'num_steps': 0}
+  for key, value in bad.items():
+    wrong = config.copy_and_resolve_references()
+    wrong.sampling[key] = value
     with pytest.raises(ValueError, match=f'sampling.{key}={value!r}'):
-      experiment.check(bad)
+      experiment.check(wrong)
+  # Those of the solvers, too, before a network is trained for hours.
+  for method, key, value in [('unipc', 'order', 4), ('heun', 's_churn', -1.0)]:
+    wrong = config.copy_and_resolve_references()
+    wrong.sampling.update({'method': method, key: value})
+    with pytest.raises(ValueError, match=f'sampling.{key}={value}'):
+      experiment.check(wrong)
