@@ -249,7 +249,7 @@ def test_fast_solvers_reach_the_ode_sample(case, solver, num_steps):
   assert int(samples.nfe) == num_steps
 
 
-@pytest.mark.slow  # 1,500 to 2,900 evaluations of a network and its vjp
+@pytest.mark.slow  # 1,500 to 2,900 evaluations of a network and its derivative
 @pytest.mark.parametrize('case', ODE_CASES)
 def test_likelihood(case):
   """Agrees to 1e-2: near t = 0 the release's sigma cancels in float32."""
