@@ -1,4 +1,4 @@
-r"""Sampling from p(x | y) with a model of p(x) (Song et al. 2021, Section 5).
+r"""Sampling from p(x | y) with a model of p(x) (Song et al. 2021, App. I).
 
 By Bayes' rule the reverse-time SDE of the conditional distribution (Eq. 14) is
 that of the unconditional one with the score
@@ -16,7 +16,6 @@ import typing
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.sparse.linalg import cg
 
 import sampling
 import sde_lib
@@ -106,9 +105,9 @@ def _blur(x, *, width):
 
 
 def _overexpose(x, *, gain, centered):
-  """A photograph with clipped highlights: gain times x, cut off at white."""
+  """A photograph with saturated highlights: tanh(gain x), x from 0 to white."""
   x = 0.5 * (x + 1) if centered else x
-  x = jnp.minimum(gain * x, 1.0)
+  x = jnp.tanh(gain * x)
   return 2 * x - 1 if centered else x
 
 
@@ -229,6 +228,39 @@ def dps(score_fn, sde, *, operator, y, noise_std, scale=1.0):
   return guided
 
 
+def _solve(matrix, b, *, tol=1e-5, max_steps=50):
+  """matrix^-1 b by conjugate gradients, each example [B, ...] for itself.
+
+  Args:
+    matrix: v -> matrix v, symmetric, positive definite, shaped as b.
+    b: right-hand sides.
+    tol: of the residual's norm, relative to that of b.
+    max_steps: after which to be content.
+  """
+
+  def dot(u, v):
+    return jnp.sum(u * v, axis=tuple(range(1, b.ndim)))
+
+  def divide(u, v):
+    return sde_lib.expand(jnp.where(v > 0, u / jnp.where(v > 0, v, 1), 0), b)
+
+  def unfinished(carry):
+    *_, square, step = carry
+    return jnp.any(square > tol**2 * dot(b, b)) & (step < max_steps)
+
+  def step(carry):
+    x, residual, direction, square, count = carry
+    image = matrix(direction)
+    length = divide(square, dot(direction, image))
+    residual = residual - length * image
+    after = dot(residual, residual)
+    ahead = residual + divide(after, square) * direction
+    return x + length * direction, residual, ahead, after, count + 1
+
+  start = jnp.zeros_like(b), b, b, dot(b, b), 0
+  return jax.lax.while_loop(unfinished, step, start)[0]
+
+
 def pigdm(
   score_fn, sde, *, operator, y, noise_std=0.0, data_std=1.0, scale=1.0
 ):
@@ -253,11 +285,9 @@ def pigdm(
     adjoint = transpose(linear, x.shape)
     alpha, sigma = sde.marginal(t)
     r2 = sde_lib.expand(1 / (data_std**-2 + (alpha / sigma) ** 2), y)
-
-    def covariance(v):
-      return r2 * linear(adjoint(v)) + noise_std**2 * v
-
-    u, _ = cg(covariance, y - y_hat, tol=1e-4, maxiter=30)
+    # The covariance over r^2, whose size does not depend on t.
+    covariance = lambda v: linear(adjoint(v)) + noise_std**2 / r2 * v
+    u = _solve(covariance, (y - y_hat) / r2)
     return score + scale * pull_back(adjoint(u))[0]
 
   return guided

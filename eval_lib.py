@@ -261,14 +261,19 @@ def _evaluate_step(config, step, params, layout, folder, tools):
   if config.eval.enable_loss:
     path = folder / 'loss.json'
     if not _all_have(path):
-      loss = run_lib.test_loss(
+      means = run_lib.test_loss(
         tools['loss'], params, test_set, config.eval.batch_size, layout
       )
-      metric = evaluation.Metric(value=loss, count=len(test_set))
+      metrics = {
+        name: evaluation.Metric(value=value, count=len(test_set))
+        for name, value in means.items()
+      }
       if jax.process_index() == 0:
-        _write_json(path, dataclasses.asdict(metric))
+        _write_json(
+          path, {k: dataclasses.asdict(v) for k, v in metrics.items()}
+        )
       references.barrier('loss')
-    result['test_loss'] = json.loads(path.read_text())
+    result |= json.loads(path.read_text())
   if config.eval.enable_bpd:
     result |= bits_per_dim(config, params, test_set, layout, folder)
   if config.eval.enable_sampling:
@@ -289,7 +294,7 @@ def _digest(*parts):
   return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _identity(config, *more):
+def identity(config, *more):
   """Eight hexadecimal digits of all that samples, loss and bits/dim depend on.
 
   Not the number of samples: a larger one adds to those that are there.
@@ -335,15 +340,15 @@ def evaluate(config, workdir, eval_folder='eval'):
       tools |= _tools(config, workdir)
       _say_if_few(config, config.eval.num_samples, tools['reference'])
     like = run_lib.replicated(experiment.abstract_params(config), layout)
-    identity = _identity(config, tools['test_set'].fingerprint)
+    key = identity(config, tools['test_set'].fingerprint)
     facts = _provenance(config, tools)
     # What else the result depends on, but not which checkpoints and where.
     settings = dict(facts['config']['eval'])
-    for key in ('checkpoint', 'inception_path', 'stats_path'):
-      del settings[key]
+    for place in ('checkpoint', 'inception_path', 'stats_path'):
+      del settings[place]
     name = _digest(settings, facts.get('inception_variant'))
     for step in steps:
-      folder = workdir / eval_folder / f'step_{step}-{identity}'
+      folder = workdir / eval_folder / f'step_{step}-{key}'
       folder.mkdir(parents=True, exist_ok=True)
       params = saved.restore(step, like, 'ema')
       reporting.say(f'Checkpoint {step}: results go to {folder}.')
@@ -455,7 +460,7 @@ def sample(config, workdir):
     progress(min(count, (number + 1) * batch))
   samples = np.concatenate(samples)[:count]
   if jax.process_index() == 0:
-    path = workdir / 'samples' / f'step_{step}-{_identity(config)}.npz'
+    path = workdir / 'samples' / f'step_{step}-{identity(config)}.npz'
     evaluation.save_npz(path, **{what: samples}, nfe=np.asarray(nfe), **film)
     shown = samples if config.data.dims else samples[:400]
     reporting.save_samples(path.with_suffix('.png'), shown)

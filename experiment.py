@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import controllable_generation
 import datasets
 import grids
 import likelihood
@@ -120,13 +121,34 @@ def make_score_fn(config, params, *, continuous=False, dropout_rng=None):
   if continuous and conditioning == 'ddpm_label':
     sde, conditioning = sde.continuous, 'time'
 
-  def net(x, cond):
+  def net(x, cond, *label):
     rngs = None if dropout_rng is None else {'dropout': dropout_rng}
     return network.apply(
-      {'params': params}, x, cond, train=rngs is not None, rngs=rngs
+      {'params': params}, x, cond, *label, train=rngs is not None, rngs=rngs
     )
 
   return score.make_score_fn(net, sde, conditioning)
+
+
+def is_classifier(config):
+  """Whether config.model is a classifier, which has no score."""
+  return config.model.name in models.CLASSIFIERS
+
+
+def num_labels(config):
+  """Classes that config.model is told of; 0 unless it is class-conditional."""
+  return config.model.get('num_labels', 0)
+
+
+def make_logits_fn(config, params):
+  """logits_fn(x, t) -> [B, classes] of a classifier with given parameters."""
+  network, sde = make_network(config), make_sde(config)
+
+  def logits_fn(x, t):
+    _, sigma = sde.marginal(t)
+    return network.apply({'params': params}, x, sigma, train=False)
+
+  return logits_fn
 
 
 def make_loss_fn(config, *, train):
@@ -154,7 +176,8 @@ def make_loss_fn(config, *, train):
     objective = functools.partial(objective, target=data_law.score_fn(sde))
 
   def loss_fn(params, rng, batch):
-    rng_data, rng_loss, rng_dropout = jax.random.split(rng, 3)
+    rng_data, rng_loss, rng_dropout, rng_label = jax.random.split(rng, 4)
+    label = batch['label']
     x0 = datasets.preprocess(
       rng_data,
       batch['image'],
@@ -162,9 +185,23 @@ def make_loss_fn(config, *, train):
       uniform_dequantization=data.uniform_dequantization,
       centered=data.centered,
     )
+    if is_classifier(config):
+      logits_fn = make_logits_fn(config, params)
+      options = {'times': training.times, 'eps': training.eps}
+      return losses.classification(
+        rng_loss, logits_fn, sde, x0, label, **options
+      )
     score_fn = make_score_fn(
       config, params, dropout_rng=rng_dropout if train else None
     )
+    if num_labels(config):
+      if train:
+        drop = jax.random.bernoulli(
+          rng_label, training.label_dropout, label.shape
+        )
+        label = jnp.where(drop, num_labels(config), label)
+      of_class = score_fn
+      score_fn = lambda x, t: of_class(x, t, label)
     return objective(
       rng_loss,
       score_fn,
@@ -177,6 +214,37 @@ def make_loss_fn(config, *, train):
     )
 
   return loss_fn
+
+
+# Times at which a classifier's accuracy is measured, by name.
+ACCURACIES = {f'accuracy_t{t}': t for t in (0.0, 0.25, 0.5, 0.75, 1.0)}
+
+
+def make_test_fn(config):
+  """test_fn(params, rng, batch) -> {name: [B]}, to be averaged over a dataset.
+
+  'test_loss' and, of a classifier, the accuracy at some noise levels.
+  """
+  loss_fn, sde = make_loss_fn(config, train=False), make_sde(config)
+
+  def test_fn(params, rng, batch):
+    values = {'test_loss': loss_fn(params, rng, batch)}
+    if not is_classifier(config):
+      return values
+    logits_fn = make_logits_fn(config, params)
+    image = batch['image'] / 255
+    x0 = datasets.scaler(image, centered=config.data.centered)
+    z = jax.random.normal(rng, x0.shape)
+
+    def correct(t):
+      t = jnp.full(x0.shape[:1], jnp.maximum(t, config.training.eps))
+      found = jnp.argmax(logits_fn(sde.perturb(x0, t, z), t), -1)
+      return jnp.float32(found == batch['label'])
+
+    hits = jax.lax.map(correct, jnp.asarray([*ACCURACIES.values()]))
+    return values | dict(zip(ACCURACIES, hits, strict=True))
+
+  return test_fn
 
 
 def make_optimizer(config):
@@ -220,7 +288,9 @@ def make_sampler(config, batch_size, *, wrap=None, frames=0):
   """sample(params, rng, z=None, **given) -> (images, nfe, success).
 
   images are [B, H, W, C] in [0, 1] but for samples that fall outside it. z
-  [B, H, W, C] is the state at t = 1; None draws it from the prior.
+  [B, H, W, C] is the state at t = 1; None draws it from the prior. Without
+  `wrap` a class-conditional network is guided to the classes `label` [B] by
+  config.control.scale; without `label`, to classes drawn uniformly.
 
   Args:
     config: a ConfigDict.
@@ -230,6 +300,11 @@ def make_sampler(config, batch_size, *, wrap=None, frames=0):
     frames: if not 0, `sample` returns two more: that many states on the way,
       [F, B, H, W, C], scaled as the images are, and their times [F].
   """
+  if is_classifier(config):
+    raise ValueError(
+      'A classifier draws no samples: use the config and workdir of a score '
+      'model, with config.control.name=classifier and classifier_workdir.'
+    )
   method = config.sampling.method
   sampler = _choose(sampling.SAMPLERS, method, 'sampling.method')
   _choose(grids.GRIDS, config.sampling.grid, 'sampling.grid')
@@ -247,9 +322,18 @@ def make_sampler(config, batch_size, *, wrap=None, frames=0):
   scaled = functools.partial(
     datasets.inverse_scaler, centered=config.data.centered
   )
+  classes = 0 if wrap else num_labels(config)
+  if classes:
+    wrap = functools.partial(
+      controllable_generation.classifier_free_guidance,
+      scale=config.control.scale,
+    )
 
   def sample(params, rng, z=None, **given):
     rng, rng_prior = jax.random.split(rng)
+    if classes and 'label' not in given:
+      rng_label = jax.random.fold_in(rng_prior, 1)
+      given['label'] = jax.random.randint(rng_label, (batch_size,), 0, classes)
     if z is None:
       z = sde.prior_sample(rng_prior, image_shape(config, batch_size))
     score_fn = make_score_fn(config, params, continuous=continuous)
@@ -341,23 +425,47 @@ def make_decoder(config, batch_size):
   """
   config = config.copy_and_resolve_references()
   config.sampling.update(method='ode', final_denoise=False)
+  config.control.scale = 0.0  # As the encoder, which is told no class.
   sample = make_sampler(config, batch_size)
   return lambda params, z: sample(params, jax.random.key(0), z)
 
 
+def check_labels(config, dataset):
+  """Raises a ValueError unless config.model has the classes of a dataset."""
+  key = 'num_outputs' if is_classifier(config) else 'num_labels'
+  wanted = config.model.get(key, 0)
+  if wanted and wanted != dataset.num_classes:
+    raise ValueError(
+      f'config.model.{key}={wanted}, but {dataset.name} has '
+      f'{dataset.num_classes} classes.'
+    )
+
+
 def check(config):
   """Raises a ValueError, with the mend, for a config that cannot run."""
-  make_score_fn(config, None)
   make_loss_fn(config, train=True)
-  # Traced with a score that costs nothing: grids may be too coarse or too fine.
-  sample = make_sampler(
-    config,
-    1,
-    wrap=lambda score_fn, sde: lambda x, t: x,
-    frames=config.sampling.frames,
-  )
-  jax.eval_shape(sample, None, jax.random.key(0))
-  make_bits_per_dim(config)
+  if is_classifier(config):
+    for section, key in (
+      ('training', 'snapshot_sampling'),
+      ('eval', 'enable_sampling'),
+      ('eval', 'enable_bpd'),
+    ):
+      if config[section][key]:
+        raise ValueError(
+          f'config.model is a classifier, which has no samples or likelihood: '
+          f'config.{section}.{key} must be False.'
+        )
+  else:
+    make_score_fn(config, None)
+    # Traced with a score that costs nothing: grids may be too coarse or too fine.
+    sample = make_sampler(
+      config,
+      1,
+      wrap=lambda score_fn, sde: lambda x, t: x,
+      frames=config.sampling.frames,
+    )
+    jax.eval_shape(sample, None, jax.random.key(0))
+    make_bits_per_dim(config)
   training = config.training
   if training.grad_accumulation < 1 or training.n_jitted_steps < 1:
     raise ValueError(

@@ -152,6 +152,24 @@ def score_matching(
   )
 
 
+def classification(
+  rng, logits_fn, sde, x0, label, *, times='uniform', eps=1e-5
+):
+  """Cross-entropy of a classifier of noisy data, [B] (App. I.1).
+
+  Args:
+    rng, sde, x0, times, eps: as in `score_matching`.
+    logits_fn: logits_fn(x, t) -> unnormalised log p_t(label | x), [B, classes].
+    label: classes [B].
+  """
+  rng_t, rng_z = jax.random.split(rng)
+  t, weight = TIMES[times](rng_t, sde, x0.shape[0], eps)
+  x = sde.perturb(x0, t, jax.random.normal(rng_z, x0.shape))
+  return weight * optax.softmax_cross_entropy_with_integer_labels(
+    logits_fn(x, t), label
+  )
+
+
 def make_optimizer(
   *, lr, beta1, beta2, eps, weight_decay, warmup, grad_clip
 ) -> optax.GradientTransformation:

@@ -39,6 +39,7 @@ flags.mark_flags_as_required(['config', 'workdir', 'mode'])
 
 
 def run():
+  import control_lib
   import eval_lib
   import latent
   import references
@@ -54,6 +55,8 @@ def run():
       )
     case 'eval':
       eval_lib.evaluate(config, workdir, FLAGS.eval_folder)
+    case 'sample' if config.control.name:
+      control_lib.sample(config, workdir)
     case 'sample':
       eval_lib.sample(config, workdir)
     case 'encode':

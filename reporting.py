@@ -101,10 +101,10 @@ class Log:
         self._board.add_scalar(name, float(value), step)
 
 
-def save_samples(path, samples):
+def save_samples(path, samples, *, columns=None):
   """One PNG of samples: uint8 images in a grid, points [N, D] scattered."""
   if samples.ndim > 2:
-    return save_grid(path, samples)
+    return save_grid(path, samples, columns=columns)
   plt = _pyplot()
   figure, ax = plt.subplots(figsize=(5, 5))
   ax.scatter(*samples[:, :2].T, s=3, alpha=0.6, linewidths=0)
@@ -213,6 +213,8 @@ def save_trajectory(path, frames):
 METRICS = (
   'test_loss', 'bits_per_dim', 'nats', 'fid', 'kid', 'is_1_split',
   'is_10_splits', 'precision', 'recall', 'density', 'coverage',
+  'accuracy_t0.0', 'accuracy_t0.25', 'accuracy_t0.5', 'accuracy_t0.75',
+  'accuracy_t1.0',
 )  # fmt: skip
 # What sets the number of evaluations, and so is no line of its own over NFE.
 _COST = ('num_steps', 'rtol', 'atol', 'sde_rtol', 'sde_atol')

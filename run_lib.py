@@ -6,6 +6,7 @@ communication: means over the batch are means over all devices' examples, and
 random numbers do not depend on the number of devices.
 """
 
+import collections
 import math
 import pathlib
 import shutil
@@ -195,16 +196,18 @@ def make_train_steps(config, layout):
 
 
 def make_eval_loss(config, layout):
-  """eval_loss(params, number, batch, mask) -> (sum of losses, count).
+  """eval_loss(params, number, batch, mask) -> ({name: sum}, count).
 
-  The same noise for the same batch number, so checkpoints compare.
+  The sums of `experiment.make_test_fn`, with the same noise for the same batch
+  number, so checkpoints compare.
   """
-  loss_fn = experiment.make_loss_fn(config, train=False)
+  test_fn = experiment.make_test_fn(config)
 
   def eval_loss(params, number, batch, mask):
     rng = jax.random.fold_in(jax.random.key(config.seed + 1), number)
-    value = loss_fn(params, rng, batch)
-    return jnp.sum(value * mask), jnp.sum(mask)
+    values = test_fn(params, rng, batch)
+    sums = {name: jnp.sum(v * mask) for name, v in values.items()}
+    return sums, jnp.sum(mask)
 
   return jax.jit(
     eval_loss,
@@ -229,14 +232,15 @@ def eval_batches(dataset, batch_size, layout, start=0):
 
 
 def test_loss(eval_loss, params, dataset, batch_size, layout, limit=None):
-  """Mean loss per example over (at least `limit` images of) a dataset."""
-  total = count = 0.0
+  """{name: mean per example} over (at least `limit` images of) a dataset."""
+  total, count = collections.Counter(), 0.0
   for number, batch, mask in eval_batches(dataset, batch_size, layout):
     part, n = eval_loss(params, number, batch, mask)
-    total, count = total + float(part), count + float(n)
+    total.update({name: float(v) for name, v in part.items()})
+    count += float(n)
     if limit and count >= limit:
       break
-  return total / count
+  return {name: value / count for name, value in total.items()}
 
 
 def _check_finite(values, first_step, last_good):
@@ -326,6 +330,7 @@ def train(config, workdir):
   )
   train_set = datasets.load(config.data, 'train')
   test_set = datasets.load(config.data, 'test')
+  experiment.check_labels(config, train_set)
   checkpoints.claim_workdir(config, workdir)
   layout = make_layout()
   init, place = make_init(config, layout)
@@ -353,7 +358,8 @@ def train(config, workdir):
 
     train_steps = make_train_steps(config, layout)
     eval_loss = make_eval_loss(config, layout)
-    sample = make_sample(config, layout, _snapshot_size(config))
+    if training.snapshot_sampling:
+      sample = make_sample(config, layout, _snapshot_size(config))
     num_params = sum(v.size for v in jax.tree.leaves(state.params))
     reporting.say(
       f'{config.model.name}, {num_params / 1e6:.2f}M parameters, '
@@ -407,7 +413,7 @@ def train(config, workdir):
           clock, clock_step = now, step
         saving = due(training.checkpoint_freq) or due(training.snapshot_freq)
         if due(training.eval_freq) or saving or finished:
-          scalars['test_loss'] = measure()
+          scalars |= measure()
           _check_finite([scalars['test_loss']], step, saved.last)
         if scalars:
           log.write(step, **scalars)

@@ -45,6 +45,7 @@ def base():
         'checkpoint_freq': 10_000,  # to resume from; only the last two are kept
         'snapshot_freq': 50_000,  # checkpoints that are kept for good
         'snapshot_sampling': True,  # a grid of samples at each snapshot
+        'label_dropout': 0.1,  # share without label, if model.num_labels
       },
       'optim': {
         'lr': 2e-4,
@@ -80,6 +81,26 @@ def base():
         'num_samples': 64,  # of --mode sample
         'frames': 0,  # of its pictures of the way from noise to samples
         'rounding': 'half_up',  # or 'truncate', as the paper's release
+      },
+      'control': {
+        'name': '',  # of --mode sample: control_lib.CONTROLS; '': none
+        # Classes: 'classifier', or 'labels' where model.num_labels.
+        'scale': 1.0,  # of the guidance; 1: Bayes' rule
+        'label': -1,  # the class; -1: all in turn
+        'classifier_workdir': '',  # of a run with a classifier's config
+        # Inverse problems: controllable_generation.OPERATORS.
+        'method': 'projection',  # controllable_generation.METHODS
+        'images': '',  # folder or .npz of originals; '': the test set
+        'num_images': 8,
+        'repeats': 4,  # reconstructions of each
+        'noise_std': 0.0,  # of the measurement, in the model's range
+        'data_std': 0.5,  # of the data, as 'pigdm' takes them to be
+        'fresh_noise': False,  # 'projection' as in the paper; not for ODEs
+        'mask': 'half',  # 'center', 'half', 'random', or an image file
+        'known': 0.25,  # share of pixels that a random mask shows
+        'factor': 4,  # of super_resolution
+        'width': 1.0,  # standard deviation of the blur, in pixels
+        'gain': 2.0,  # of the exposure
       },
       'eval': {
         'checkpoint': 'last',  # 'last', 'best', 'all', a step, or 'first:last'
@@ -170,7 +191,12 @@ _ALL = {
   'dtype': 'float32',  # or 'bfloat16', for convolutions and products
   'remat': False,  # recompute blocks in the backward pass
 }
-_UNET = {**_ALL, 'ch_mult': (1, 2, 2, 2), 'attn_resolutions': (16,)}
+_UNET = {
+  **_ALL,
+  'ch_mult': (1, 2, 2, 2),
+  'attn_resolutions': (16,),
+  'num_labels': 0,  # classes that the network is told of; 0 for none
+}
 
 
 def ncsnpp(config):
@@ -282,8 +308,37 @@ def mlp(config):
     'nonlinearity': 'swish',
     'fourier_scale': 0.5,
     'input_scale': 0.5,
+    'num_labels': 0,
     'energy': False,  # whether the score is the gradient of a scalar
   }
+
+
+def classifier(config):
+  """A Wide ResNet 28-10 of noisy images (App. I.1), for any process.
+
+  The paper gives its network and its loss, and no more; the rest is as for the
+  score networks, in fewer steps.
+  """
+  config.model = {
+    'name': 'wideresnet_noise_conditional',
+    'conditioning': 'sigma',
+    'blocks_per_group': 4,
+    'channel_multiplier': 10,
+    'num_outputs': 10,
+    'dtype': 'float32',
+    'remat': False,
+  }
+  config.training.update(n_iters=200_000, snapshot_sampling=False)
+  config.eval.enable_sampling = False
+
+
+def conditional(num_labels):
+  """A preset: the network is told the class (Ho & Salimans 2022)."""
+
+  def preset(config):
+    config.model.num_labels = num_labels
+
+  return preset
 
 
 def annealed(num_scales, *, snr, steps):

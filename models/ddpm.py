@@ -23,6 +23,8 @@ class DDPM(nn.Module):
     dropout: rate, in training.
     resamp_with_conv: whether resampling convolves.
     conditional: whether the network sees `cond`.
+    num_labels: classes of a class-conditional network; 0 for none. Its label
+      `num_labels` stands for no class.
     nonlinearity: 'swish', 'elu', 'relu' or 'lrelu'.
     centered: images are in [-1, 1]; else in [0, 1] and mapped there.
     dtype: 'float32' or 'bfloat16', for convolutions and matrix products.
@@ -36,6 +38,7 @@ class DDPM(nn.Module):
   dropout: float = 0.1
   resamp_with_conv: bool = True
   conditional: bool = True
+  num_labels: int = 0
   nonlinearity: str = 'swish'
   centered: bool = True
   dtype: str = 'float32'
@@ -45,15 +48,18 @@ class DDPM(nn.Module):
     layers.check_choices(
       self, nonlinearity=tuple(layers.ACTIVATIONS), dtype=layers.DTYPES
     )
+    if self.num_labels:
+      layers.check_choices(self, conditional=(True,))
     super().__post_init__()
 
   @nn.compact
-  def __call__(self, x, cond, *, train):
+  def __call__(self, x, cond, label=None, *, train):
     """Evaluates the network.
 
     Args:
       x: noisy images [B, H, W, C].
       cond: steps [B] of 0..999, integer or not.
+      label: classes [B], of a class-conditional network; None for no class.
       train: whether dropout is active; it draws from the stream 'dropout'.
 
     Returns:
@@ -90,6 +96,8 @@ class DDPM(nn.Module):
     if self.conditional:
       features = layers.positional_embedding(cond, self.nf)
       temb = layers.embed_noise(features, 4 * self.nf, act)
+    if self.num_labels:
+      temb = layers.add_label(temb, label, self.num_labels)
     if not self.centered:
       x = 2 * x - 1
 

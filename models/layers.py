@@ -292,3 +292,18 @@ def embed_noise(features, size, act):
   """
   h = nn.Dense(size, kernel_init=default_init())(features)
   return nn.Dense(size, kernel_init=default_init())(act(h))
+
+
+def add_label(temb, label, num_labels):
+  """Noise embedding [B, E] plus that of a class, label [B] or None for none.
+
+  Called inside a compact method, whose module then owns LabelEmbedding. No
+  class, as classifier-free guidance needs it, is one more: number num_labels.
+  """
+  if label is None:
+    label = jnp.full(temb.shape[:1], num_labels)
+  init = nn.initializers.normal(1.0)
+  embed = nn.Embed(
+    num_labels + 1, temb.shape[1], embedding_init=init, name='LabelEmbedding'
+  )
+  return temb + embed(label)

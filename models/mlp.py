@@ -22,9 +22,10 @@ class _Body(nn.Module):
   embedding_type: str
   fourier_scale: float
   input_scale: float
+  num_labels: int
 
   @nn.compact
-  def __call__(self, x, cond):
+  def __call__(self, x, cond, label):
     act = layers.ACTIVATIONS[self.nonlinearity]
     temb = None
     if self.embedding_type == 'fourier':
@@ -35,7 +36,10 @@ class _Body(nn.Module):
     elif self.embedding_type == 'positional':
       temb = layers.positional_embedding(cond, self.nf)
     if temb is not None:
-      temb = act(layers.embed_noise(temb, self.nf, act))
+      temb = layers.embed_noise(temb, self.nf, act)
+      if self.num_labels:
+        temb = layers.add_label(temb, label, self.num_labels)
+      temb = act(temb)
     h = x
     if self.input_scale:
       init = nn.initializers.normal(2 * jnp.pi * self.input_scale)
@@ -63,6 +67,8 @@ class MLP(nn.Module):
     input_scale: standard deviation of the frequencies, per unit of x, of
       sines and cosines of the points (Tancik et al. 2020), without which a
       small network learns fine structure slowly; 0 for none.
+    num_labels: classes of a class-conditional network; 0 for none. Its label
+      `num_labels` stands for no class.
     energy: whether the network is a scalar E and the output its gradient.
   """
 
@@ -72,6 +78,7 @@ class MLP(nn.Module):
   embedding_type: str = 'fourier'
   fourier_scale: float = 1.0
   input_scale: float = 0.0
+  num_labels: int = 0
   energy: bool = False
 
   def __post_init__(self):
@@ -80,11 +87,15 @@ class MLP(nn.Module):
       nonlinearity=layers.ACTIVATIONS,
       embedding_type=('fourier', 'positional', 'none'),
     )
+    if self.num_labels:
+      layers.check_choices(self, embedding_type=('fourier', 'positional'))
     super().__post_init__()
 
   @nn.compact
-  def __call__(self, x, cond, *, train):
+  def __call__(self, x, cond, label=None, *, train):
     """Field over points x [B, D] at noise levels cond [B]: [B, D].
+
+    `label` [B] are classes, None for no class.
 
     `train` has no effect: there is no dropout.
     """
@@ -97,10 +108,11 @@ class MLP(nn.Module):
       embedding_type=self.embedding_type,
       fourier_scale=self.fourier_scale,
       input_scale=self.input_scale,
+      num_labels=self.num_labels,
       name='body',
     )
     if not self.energy:
-      return body(x, cond)
-    _, vjp = nn.vjp(lambda body, x: body(x, cond), body, x)
+      return body(x, cond, label)
+    _, vjp = nn.vjp(lambda body, x: body(x, cond, label), body, x)
     _, gradient = vjp(jnp.ones((x.shape[0], 1)))
     return gradient

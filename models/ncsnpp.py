@@ -26,6 +26,8 @@ class NCSNpp(nn.Module):
     dropout: rate, in training.
     resamp_with_conv: whether resampling between DDPM blocks convolves.
     conditional: whether the network sees `cond`.
+    num_labels: classes of a class-conditional network; 0 for none. Its label
+      `num_labels` stands for no class.
     fir: filter when resampling, rather than nearest neighbour and means.
     fir_kernel: taps of the separable filter.
     skip_rescale: divide sums of two branches by sqrt(2).
@@ -52,6 +54,7 @@ class NCSNpp(nn.Module):
   dropout: float = 0.1
   resamp_with_conv: bool = True
   conditional: bool = True
+  num_labels: int = 0
   fir: bool = True
   fir_kernel: Sequence[int] = (1, 3, 3, 1)
   skip_rescale: bool = True
@@ -79,15 +82,18 @@ class NCSNpp(nn.Module):
       nonlinearity=tuple(layers.ACTIVATIONS),
       dtype=layers.DTYPES,
     )
+    if self.num_labels:
+      layers.check_choices(self, conditional=(True,))
     super().__post_init__()
 
   @nn.compact
-  def __call__(self, x, cond, *, train):
+  def __call__(self, x, cond, label=None, *, train):
     """Evaluates the network, not divided by sigma.
 
     Args:
       x: noisy images [B, H, W, C].
       cond: noise levels [B], see `embedding_type`.
+      label: classes [B], of a class-conditional network; None for no class.
       train: whether dropout is active; it draws from the stream 'dropout'.
 
     Returns:
@@ -142,6 +148,8 @@ class NCSNpp(nn.Module):
       return layers.conv(features, size, init_scale=init_scale, dtype=dtype)(h)
 
     temb = self._noise_embedding(cond, act) if self.conditional else None
+    if self.num_labels:
+      temb = layers.add_label(temb, label, self.num_labels)
     if not self.centered:
       x = 2 * x - 1
 

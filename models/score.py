@@ -69,12 +69,13 @@ def make_score_fn(net, sde, conditioning):
   """Turns a network into a score function.
 
   Args:
-    net: `net(x, cond)` -> raw output shaped as x [B, ...], for cond [B].
+    net: `net(x, cond, *label)` -> raw output shaped as x [B, ...]; cond is [B].
     sde: the process whose marginals it was trained on.
     conditioning: a key of `CONDITIONINGS`.
 
   Returns:
-    score_fn(x, t), with t [B] in [0, 1]: the score of p_t at x, shaped as x.
+    score_fn(x, t), with t [B] in [0, 1]: the score of p_t at x, shaped as x;
+    score_fn(x, t, label) of a class-conditional network, with classes [B].
   """
   if conditioning not in CONDITIONINGS:
     raise ValueError(
@@ -92,8 +93,8 @@ def make_score_fn(net, sde, conditioning):
       'sigma_data scales the network.'
     )
 
-  def score_fn(x, t):
+  def score_fn(x, t, *label):
     c_in, c_skip, c_out = (sde_lib.expand(c, x) for c in scales(sde, t))
-    return c_skip * x + c_out * net(c_in * x, condition(sde, t))
+    return c_skip * x + c_out * net(c_in * x, condition(sde, t), *label)
 
   return score_fn

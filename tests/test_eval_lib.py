@@ -251,8 +251,8 @@ def test_more_samples_are_added_to_those_that_are_there(run, monkeypatch):
 
 def test_other_samplers_have_folders_of_their_own(run):
   config, workdir = run
-  before = eval_lib._identity(config, 'digits')
-  assert eval_lib._identity(config, 'other images') != before
+  before = eval_lib.identity(config, 'digits')
+  assert eval_lib.identity(config, 'other images') != before
   for key, value in {
     'sampling.num_steps': 5,
     'sampling.rounding': 'truncate',
@@ -262,7 +262,7 @@ def test_other_samplers_have_folders_of_their_own(run):
   }.items():
     other = config.copy_and_resolve_references()
     other.update_from_flattened_dict({key: value})
-    assert eval_lib._identity(other, 'digits') != before
+    assert eval_lib.identity(other, 'digits') != before
   for key, value in {
     'eval.stats_path': 'somewhere',
     'eval.num_samples': 7,
@@ -272,7 +272,7 @@ def test_other_samplers_have_folders_of_their_own(run):
   }.items():
     other = config.copy_and_resolve_references()
     other.update_from_flattened_dict({key: value})
-    assert eval_lib._identity(other, 'digits') == before
+    assert eval_lib.identity(other, 'digits') == before
 
 
 def test_no_checkpoint_is_an_error_not_a_wait(run, tmp_path):

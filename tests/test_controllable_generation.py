@@ -1,0 +1,453 @@
+"""Controls of the score, against conditional distributions in closed form."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import controllable_generation as control
+import experiment
+import losses
+import predictors
+import sampling
+import sde_lib
+import solvers
+from configs import base
+from tests.exact import Mixture
+
+VE = sde_lib.VESDE(sigma_max=10.0)
+VP, SUBVP = sde_lib.VPSDE(), sde_lib.SubVPSDE()
+BATCH = 4000
+name = lambda sde: type(sde).__name__
+
+
+def gaussian_score(mean, cov):
+  """sde -> the exact score of its marginals, started from N(mean, cov)."""
+  mean, cov = jnp.float32(mean), jnp.float32(cov)
+
+  def make(sde):
+    def score(x, t):
+      alpha, sigma = sde.marginal(t)
+      eye = jnp.eye(len(mean))[None]
+      marginal = (alpha**2)[:, None, None] * cov[None]
+      marginal = marginal + (sigma**2)[:, None, None] * eye
+      delta = x - alpha[:, None] * mean[None]
+      return -jnp.linalg.solve(marginal, delta[..., None])[..., 0]
+
+    return score
+
+  return make
+
+
+def posterior(mean, cov, matrix, y, noise_std):
+  """Mean and covariance of x given y = matrix x + noise_std n."""
+  seen = matrix @ cov @ matrix.T + noise_std**2 * np.eye(len(matrix))
+  gain = cov @ matrix.T @ np.linalg.inv(seen)
+  return mean + gain @ (y - matrix @ mean), cov - gain @ matrix @ cov
+
+
+def linear(matrix):
+  return lambda x: x @ jnp.float32(matrix).T
+
+
+def assert_moments(x, mean, cov, *, bias):
+  """Mean and covariance of x within 4.5 standard errors and a bias."""
+  x, cov, mean = np.float64(x), np.asarray(cov), np.asarray(mean)
+  scale = np.sqrt(np.maximum(np.diag(cov), 1e-4))
+  error = 4.5 / np.sqrt(len(x)) + bias
+  np.testing.assert_allclose((x.mean(0) - mean) / scale, 0, atol=error)
+  relative = (np.cov(x.T) - cov) / np.outer(scale, scale)
+  np.testing.assert_allclose(relative, 0, atol=np.sqrt(2) * error)
+
+
+def pc(rng, score_fn, sde, z, corrector=predictors.no_step):
+  return sampling.pc_sample(
+    rng, score_fn, sde, z,
+    predictor=predictors.reverse_diffusion, corrector=corrector,
+    num_steps=400, eps=1e-3,
+  )  # fmt: skip
+
+
+def ode(rng, score_fn, sde, z):
+  return sampling.ode_sample(
+    rng, score_fn, sde, z, eps=1e-3, rtol=1e-3, atol=1e-3, final_denoise=True
+  )
+
+
+def fast(rng, score_fn, sde, z):
+  return sampling.plan_sample(
+    rng, score_fn, sde, z, solver=solvers.SOLVERS['dpmpp_2m'],
+    num_steps=50, eps=1e-3, grid='log_snr',
+  )  # fmt: skip
+
+
+def run(sampler, sde, score_fn, dims):
+  """Samples [BATCH, dims], compiled quickly, for it runs once."""
+
+  def program(rng):
+    rng, rng_prior = jax.random.split(rng)
+    z = sde.prior_sample(rng_prior, (BATCH, dims))
+    return sampler(rng, score_fn, sde, z).x
+
+  options = {'xla_backend_optimization_level': 0}
+  return np.asarray(
+    jax.jit(program, compiler_options=options)(jax.random.key(0))
+  )
+
+
+# Each control meets three samplers and three processes.
+PAIRS = pytest.mark.parametrize(
+  ('sde', 'sampler'),
+  [(VE, pc), (VP, ode), (SUBVP, fast)],
+  ids=['ve-pc', 'vp-ode', 'subvp-fast'],
+)
+
+PRIOR_MEAN, PRIOR_STD = np.array([0.4, -0.3, 0.2]), 0.5
+PRIOR_COV = PRIOR_STD**2 * np.eye(3)
+PRIOR = gaussian_score(PRIOR_MEAN, PRIOR_COV)
+TWO_OF_THREE = np.array([[1.0, 0.5, 0.0], [-0.3, 0.8, 1.2]])
+
+
+@PAIRS
+def test_pigdm_samples_the_posterior(sde, sampler):
+  """Exact for isotropic Gaussian priors, any A and noise, given their std."""
+  y, noise_std = np.array([0.9, -0.8]), 0.3
+  guided = control.pigdm(
+    PRIOR(sde), sde, operator=linear(TWO_OF_THREE), data_std=PRIOR_STD,
+    y=jnp.tile(jnp.float32(y), (BATCH, 1)), noise_std=noise_std,
+  )  # fmt: skip
+  x = run(sampler, sde, guided, 3)
+  truth = posterior(PRIOR_MEAN, PRIOR_COV, TWO_OF_THREE, y, noise_std)
+  assert_moments(x, *truth, bias=0.04)
+
+
+@PAIRS
+def test_projection_samples_the_posterior(sde, sampler):
+  """Exact where what is seen does not depend on what is not."""
+  mask, y = np.array([True, False, True]), np.array([0.9, -0.8])
+  guided = control.projection(
+    PRIOR(sde), sde, operator=functools.partial(control._select, mask=mask),
+    y=jnp.tile(jnp.float32(y), (BATCH, 1)),
+  )  # fmt: skip
+  x = run(sampler, sde, guided, 3)
+  np.testing.assert_allclose(x[:, mask], np.tile(y, (BATCH, 1)), atol=1e-4)
+  unseen, cov = x[:, ~mask], PRIOR_COV[:1, :1]
+  assert_moments(np.hstack([unseen, unseen[::-1]]), PRIOR_MEAN[[1, 1]],
+                 cov * np.eye(2), bias=0.04)  # fmt: skip
+
+
+@PAIRS
+def test_dps_samples_the_posterior_of_a_sure_prior(sde, sampler):
+  """Exact as the prior's variance falls below that of the measurement."""
+  mean, cov, noise_std = np.zeros(2), 0.3**2 * np.eye(2), 1.5
+  matrix, y = np.array([[1.0, 0.0]]), np.array([8.0])
+  guided = control.dps(
+    gaussian_score(mean, cov)(sde), sde, operator=linear(matrix),
+    y=jnp.tile(jnp.float32(y), (BATCH, 1)), noise_std=noise_std,
+  )  # fmt: skip
+  truth = posterior(mean, cov, matrix, y, noise_std)
+  assert truth[0][0] > 0.3  # one standard deviation away from the prior
+  assert_moments(run(sampler, sde, guided, 2), *truth, bias=0.08)
+
+
+CLASSES = Mixture(weights=(0.7, 0.3), means=((0.8, 0.1), (-0.2, 0.4)), std=0.4)
+
+
+def of_class(k):
+  return Mixture((0.5, 0.5), (CLASSES.means[k],) * 2, CLASSES.std)
+
+
+def log_prob(sde, k):
+  """log p_t(k | x), exactly, for the classes of `CLASSES`."""
+
+  def function(x, t):
+    at = sde.marginal(t)
+    return of_class(k).logp(x, *at) - CLASSES.logp(x, *at)
+
+  return function
+
+
+@PAIRS
+def test_classifier_guidance_samples_the_class(sde, sampler):
+  guided = control.classifier_guidance(
+    CLASSES.score_fn(sde), sde, log_prob=log_prob(sde, 1)
+  )
+  x = run(sampler, sde, guided, 2)
+  assert_moments(x, CLASSES.means[1], 0.4**2 * np.eye(2), bias=0.04)
+
+
+def labelled_score(sde):
+  """score_fn(x, t) of the mixture, score_fn(x, t, label) of its classes."""
+  both = [of_class(k).score_fn(sde) for k in (0, 1)]
+
+  def score_fn(x, t, label=None):
+    if label is None:
+      return CLASSES.score_fn(sde)(x, t)
+    first, second = (f(x, t) for f in both)
+    return jnp.where(sde_lib.expand(label, x) == 0, first, second)
+
+  return score_fn
+
+
+@PAIRS
+def test_labels_sample_the_class(sde, sampler):
+  guided = control.classifier_free_guidance(
+    labelled_score(sde), sde, label=jnp.ones(BATCH, jnp.int32)
+  )
+  x = run(sampler, sde, guided, 2)
+  assert_moments(x, CLASSES.means[1], 0.4**2 * np.eye(2), bias=0.04)
+
+
+# ------------------------------------------------------ scores, in any state
+
+
+def states(dims):
+  x = 2 * jax.random.normal(jax.random.key(1), (64, dims))
+  return x, jnp.linspace(0.02, 1.0, 64)
+
+
+@pytest.mark.parametrize('sde', [VE, VP, SUBVP], ids=name)
+@pytest.mark.parametrize('noise_std', [0.0, 0.3])
+def test_pigdm_is_the_conditional_score(sde, noise_std):
+  y = np.array([0.9, -0.8])
+  guided = control.pigdm(
+    PRIOR(sde), sde, operator=linear(TWO_OF_THREE), data_std=PRIOR_STD,
+    y=jnp.tile(jnp.float32(y), (64, 1)), noise_std=noise_std,
+  )  # fmt: skip
+  truth = posterior(PRIOR_MEAN, PRIOR_COV, TWO_OF_THREE, y, noise_std)
+  x, t = states(3)
+  got, wanted = guided(x, t), gaussian_score(*truth)(sde)(x, t)
+  scale = np.abs(wanted).max(-1, keepdims=True)
+  np.testing.assert_allclose(got / scale, wanted / scale, atol=5e-3)
+
+
+@pytest.mark.parametrize('sde', [VE, VP, SUBVP], ids=name)
+def test_guidance_scales(sde):
+  """0 and 1 are the two scores; between and beyond it is linear."""
+  score_fn, (x, t) = labelled_score(sde), states(2)
+  label = jnp.arange(64) % 2
+  guided = lambda scale: control.classifier_free_guidance(
+    score_fn, sde, label=label, scale=scale
+  )(x, t)
+  free, given = score_fn(x, t), score_fn(x, t, label)
+  np.testing.assert_array_equal(guided(0.0), free)
+  np.testing.assert_array_equal(guided(1.0), given)
+  np.testing.assert_allclose(guided(3.0), 3 * given - 2 * free, rtol=1e-3)
+  # Bayes: a classifier that is exact gives the same as the labels, sharpened.
+  bayes = control.classifier_guidance(
+    score_fn, sde, log_prob=log_prob(sde, 1), scale=3.0
+  )
+  ones = control.classifier_free_guidance(
+    score_fn, sde, label=jnp.ones(64, jnp.int32), scale=3.0
+  )
+  np.testing.assert_allclose(bayes(x, t), ones(x, t), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize('scale', [0.5, 2.0])
+def test_guidance_of_a_gaussian_pair(scale):
+  """p(x)^(1 - s) p(x | c)^s of two Gaussians is the one of their moments."""
+  free, given = (np.zeros(2), np.eye(2)), (np.ones(2), 0.25 * np.eye(2))
+  pair = [gaussian_score(*g)(VP) for g in (free, given)]
+  score_fn = lambda x, t, *label: pair[len(label)](x, t)
+  guided = control.classifier_free_guidance(
+    score_fn, VP, label=jnp.zeros(64, jnp.int32), scale=scale
+  )
+  x, t = states(2)
+  alpha, sigma = (np.asarray(v)[:, None] for v in VP.marginal(t))
+  weights = (
+    (1 - scale) / (alpha**2 + sigma**2),
+    scale / (0.25 * alpha**2 + sigma**2),
+  )
+  precision = sum(weights)
+  mean = weights[1] * alpha / precision
+  wanted = -(x - mean) * precision
+  np.testing.assert_allclose(guided(x, t), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_projection_of_a_correlated_prior_is_an_approximation():
+  """By the paper's either rule it undershoots; PiGDM is nearer the truth."""
+  mean, cov = np.array([0.3, -0.2]), np.array([[0.25, 0.2], [0.2, 0.25]])
+  matrix, y = np.array([[1.0, 0.0]]), np.array([0.8])
+  truth, _ = posterior(mean, cov, matrix, y, 0.0)
+  options = {
+    'operator': linear(matrix),
+    'y': jnp.full((BATCH, 1), 0.8),
+  }
+  errors = {}
+  for kind, function in {
+    'own': control.projection,
+    'fresh': functools.partial(control.projection, rng=jax.random.key(3)),
+    'pigdm': functools.partial(control.pigdm, data_std=0.5),
+  }.items():
+    x = run(pc, VP, function(gaussian_score(mean, cov)(VP), VP, **options), 2)
+    np.testing.assert_allclose(x[:, 0], 0.8, atol=1e-4)
+    errors[kind] = abs(x[:, 1].mean() - truth[1])
+  assert errors['pigdm'] < 0.05 < 0.1 < errors['own'] < 0.2
+  assert abs(errors['own'] - errors['fresh']) < 0.04
+
+
+# ----------------------------------------------------------------- operators
+
+SHAPE = (2, 8, 8, 3)
+MASK = np.random.default_rng(0).random((8, 8)) < 0.4
+OPTIONS = {'mask': MASK, 'factor': 4, 'width': 0.8, 'gain': 2.0}
+OPTIONS['centered'] = True
+
+
+def operator(which):
+  function, names, _ = control.OPERATORS[which]
+  return functools.partial(function, **{k: OPTIONS[k] for k in names})
+
+
+def image(seed):
+  return jax.random.normal(jax.random.key(seed), SHAPE)
+
+
+@pytest.mark.parametrize('which', control.OPERATORS)
+def test_operator(which):
+  """Linear ones have their adjoint, orthonormal ones A A^T = I."""
+  a, x = operator(which), image(0)
+  y = a(x)
+  if which in ('overexposed', 'phase_retrieval'):
+    return
+  v = jax.random.normal(jax.random.key(1), y.shape)
+  adjoint = control.transpose(a, SHAPE)
+  np.testing.assert_allclose(
+    jnp.vdot(y, v), jnp.vdot(x, adjoint(v)), rtol=1e-4, atol=1e-4
+  )
+  if control.OPERATORS[which].orthonormal:
+    np.testing.assert_allclose(a(adjoint(v)), v, atol=1e-6)
+
+
+def test_operators_values():
+  x = jnp.float32(np.linspace(-1, 1, 2 * 8 * 8 * 3).reshape(SHAPE))
+  np.testing.assert_array_equal(operator('inpaint')(x), x[:, MASK])
+  np.testing.assert_allclose(
+    operator('colorize')(x), x.mean(-1) * np.sqrt(3), rtol=1e-5, atol=1e-6
+  )
+  np.testing.assert_allclose(
+    operator('super_resolution')(x)[0, 0, 1, 2],
+    4 * x[0, :4, 4:, 2].mean(), rtol=1e-5,
+  )  # fmt: skip
+  flat = jnp.full(SHAPE, 0.3)
+  np.testing.assert_allclose(operator('deblur')(flat), 0.3, rtol=1e-5)
+  assert operator('deblur')(x).std() < x.std()
+  bright = operator('overexposed')(x)  # tanh of twice 0 (black) to 1
+  np.testing.assert_allclose(bright, 2 * np.tanh(x + 1) - 1, atol=1e-6)
+  shifted = jnp.roll(x, (3, 5), (1, 2))
+  np.testing.assert_allclose(
+    operator('phase_retrieval')(shifted), operator('phase_retrieval')(x),
+    atol=1e-4,
+  )  # fmt: skip
+
+
+@pytest.mark.parametrize('which', ['inpaint', 'colorize', 'super_resolution'])
+def test_known_values_are_returned_exactly(which):
+  """Whatever the score, corrector and sampler, and at either noise."""
+  a, x0 = operator(which), 0.5 * image(0)
+  y = a(x0)
+  wrong = lambda x, t: -x  # of N(0, I), which x0 is not a sample of
+  z = image(1)
+  langevin = functools.partial(predictors.langevin, snr=0.16)
+
+  @jax.jit
+  def sample(key):
+    found = []
+    for rng in (None, jax.random.key(5)):
+      guided = control.projection(wrong, VP, operator=a, y=y, rng=rng)
+      samples = sampling.pc_sample(
+        key, guided, VP, z, predictor=predictors.euler_maruyama,
+        corrector=langevin, num_steps=30, eps=1e-3,
+      )  # fmt: skip
+      found.append(samples.x)
+    return found
+
+  for x in sample(jax.random.key(0)):
+    np.testing.assert_allclose(a(x), y, atol=2e-6)
+    assert np.abs(x - x0).max() > 0.5
+
+
+@pytest.mark.parametrize('method', ['dps', 'pigdm'])
+def test_nonlinear_measurements_are_met(method):
+  """Of a photograph with clipped highlights: within the noise, of a prior."""
+  truth = 0.5 * image(3)[:1]
+  a, noise_std = operator('overexposed'), 0.1
+  y = a(truth)
+  options = {'data_std': 0.5} if method == 'pigdm' else {}
+  prior = lambda x, t: (
+    -x
+    / sde_lib.expand(0.25 * VP.marginal(t)[0] ** 2 + VP.marginal(t)[1] ** 2, x)
+  )
+  guided = control.METHODS[method](
+    prior, VP, operator=a, y=y, noise_std=noise_std, **options
+  )
+  z = jax.random.normal(jax.random.key(2), truth.shape)
+  sample = lambda key: pc(key, guided, VP, z).x
+  x = jax.jit(sample)(jax.random.key(0))
+  error = np.sqrt(np.mean((a(x) - y) ** 2))
+  assert error < 1.3 * noise_std < np.sqrt(np.mean((a(0.5 * z) - y) ** 2)) / 3
+
+
+# ------------------------------------------------------------------ training
+
+
+def test_classification_is_cross_entropy():
+  logits = jnp.float32([[1.0, 2.0, -1.0], [0.0, 0.0, 3.0]])
+  got = losses.classification(
+    jax.random.key(0), lambda x, t: logits, VP, jnp.zeros((2, 4)),
+    jnp.array([1, 0]),
+  )  # fmt: skip
+  p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+  np.testing.assert_allclose(got, -np.log(p[[0, 1], [1, 0]]), rtol=1e-5)
+
+
+def test_a_network_told_the_class_makes_the_class():
+  """Trained on three classes of points; no class gives all of them."""
+  config = base.compose(
+    base.vp, base.mlp,
+    {
+      'data.dims': 2, 'model.num_labels': 3, 'model.input_scale': 0.0,
+      'training.label_dropout': 0.2, 'sampling.num_steps': 60,
+    },
+  )  # fmt: skip
+  means = jnp.float32([[1.0, 0.0], [-1.0, 1.0], [-1.0, -1.0]])
+  params = experiment.init_params(config, jax.random.key(0))
+  loss_fn = experiment.make_loss_fn(config, train=True)
+  optimizer = losses.make_optimizer(
+    lr=5e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, warmup=20,
+    grad_clip=1.0,
+  )  # fmt: skip
+
+  def step(state, i):
+    params, opt_state = state
+    rng = jax.random.fold_in(jax.random.key(1), i)
+    label = jax.random.randint(rng, (256,), 0, 3)
+    points = means[label] + 0.2 * jax.random.normal(rng, (256, 2))
+    loss = lambda p: loss_fn(p, rng, {'image': points, 'label': label}).mean()
+    updates, opt_state = optimizer.update(
+      jax.grad(loss)(params), opt_state, params
+    )
+    params = jax.tree.map(jnp.add, params, updates)
+    return (params, opt_state), None
+
+  train = jax.jit(lambda s: jax.lax.scan(step, s, jnp.arange(600))[0])
+  params, _ = train((params, optimizer.init(params)))
+
+  config.sampling.eps = 1e-3
+  label = jnp.arange(600) % 3
+  x = jax.jit(experiment.make_sampler(config, 600))(
+    params, jax.random.key(2), label=label
+  )[0]
+  x = 2 * np.asarray(x) - 1  # points are not scaled
+  nearest = np.argmin(((x[:, None] - means[None]) ** 2).sum(-1), 1)
+  assert np.mean(nearest == label) > 0.97
+  config.control.scale = 0.0
+  free = jax.jit(experiment.make_sampler(config, 600))(
+    params, jax.random.key(2)
+  )[0]
+  free = 2 * np.asarray(free) - 1
+  nearest = np.argmin(((free[:, None] - means[None]) ** 2).sum(-1), 1)
+  share = np.bincount(nearest, minlength=3) / 600
+  np.testing.assert_allclose(share, 1 / 3, atol=0.12)
