@@ -181,6 +181,8 @@ def make_wrap(config, operator):
   options = {'operator': operator, 'noise_std': control.noise_std}
   if control.method != 'projection':
     options['scale'] = control.scale
+    if control.clip:
+      options['clip'] = (-1 if config.data.centered else 0, 1)
   elif control.fresh_noise:
     options['rng'] = jax.random.key(config.seed)
   if control.method == 'pigdm':

@@ -191,17 +191,18 @@ def projection(score_fn, sde, *, operator, y, noise_std=0.0, rng=None):
   return guided
 
 
-def _denoiser(score_fn, sde, t):
+def _denoiser(score_fn, sde, t, clip):
   """x -> (E[x_0 | x_t = x], score), as `jax.vjp(.., has_aux=True)` wants it."""
 
   def denoised(x):
     score = score_fn(x, t)
-    return sampling.denoise(lambda *_: score, sde, x, t), score
+    x0_hat = sampling.denoise(lambda *_: score, sde, x, t)
+    return (jnp.clip(x0_hat, *clip) if clip else x0_hat), score
 
   return denoised
 
 
-def dps(score_fn, sde, *, operator, y, noise_std, scale=1.0):
+def dps(score_fn, sde, *, operator, y, noise_std, scale=1.0, clip=None):
   """Diffusion posterior sampling (Chung et al. 2022, arXiv 2209.14687, Eq. 16).
 
   p_t(y | x) is taken to be N(y; A(x0_hat), noise_std^2) with x0_hat =
@@ -212,10 +213,12 @@ def dps(score_fn, sde, *, operator, y, noise_std, scale=1.0):
     operator: any differentiable A(x), linear or not.
     noise_std: of the measurements, above 0.
     scale: multiplies the guidance.
+    clip: (low, high) that x0_hat is cut off at, as those authors do. Near t = 1
+      a network's errors are divided by alpha, and would lead far astray.
   """
 
   def guided(x, t):
-    denoised = _denoiser(score_fn, sde, t)
+    denoised = _denoiser(score_fn, sde, t, clip)
 
     def log_likelihood(x):
       x0_hat, score = denoised(x)
@@ -262,7 +265,15 @@ def _solve(matrix, b, *, tol=1e-5, max_steps=50):
 
 
 def pigdm(
-  score_fn, sde, *, operator, y, noise_std=0.0, data_std=1.0, scale=1.0
+  score_fn,
+  sde,
+  *,
+  operator,
+  y,
+  noise_std=0.0,
+  data_std=1.0,
+  scale=1.0,
+  clip=None,
 ):
   """Pseudo-inverse-guided diffusion (Song et al. 2023, "PiGDM", Eq. 7).
 
@@ -273,13 +284,13 @@ def pigdm(
   in one step where A A^T = I.
 
   Args:
-    score_fn, sde, operator, y, scale: as in `dps`.
+    score_fn, sde, operator, y, scale, clip: as in `dps`.
     noise_std: of the measurements; 0 is allowed.
     data_std: the prior's standard deviation, 1 in the paper.
   """
 
   def guided(x, t):
-    denoised = _denoiser(score_fn, sde, t)
+    denoised = _denoiser(score_fn, sde, t, clip)
     x0_hat, pull_back, score = jax.vjp(denoised, x, has_aux=True)
     y_hat, linear = jax.linearize(operator, x0_hat)
     adjoint = transpose(linear, x.shape)

@@ -95,6 +95,7 @@ def base():
         'repeats': 4,  # reconstructions of each
         'noise_std': 0.0,  # of the measurement, in the model's range
         'data_std': 0.5,  # of the data, as 'pigdm' takes them to be
+        'clip': True,  # 'dps', 'pigdm': denoised images to the data's range
         'fresh_noise': False,  # 'projection' as in the paper; not for ODEs
         'mask': 'half',  # 'center', 'half', 'random', or an image file
         'known': 0.25,  # share of pixels that a random mask shows
