@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import sampling
 import sde_lib
 
 
@@ -29,11 +28,18 @@ class Chains(typing.NamedTuple):
   nfe: jax.Array
 
 
+def langevin_step(x, score, z, e):
+  """x + e score + sqrt(2 e) z, for e [B], and its mean."""
+  e = sde_lib.expand(e, x)
+  x_mean = x + e * score
+  return x_mean + jnp.sqrt(2 * e) * z, x_mean
+
+
 def unadjusted(rng, score_fn, x, *, step_size, num_steps) -> Chains:
   """Unadjusted Langevin dynamics, of fixed step (Song & Ermon 2019, Eq. 4).
 
-  Of a Gaussian of variance v it samples one of variance v / (1 - e / 2v): of
-  any density nothing if e is large.
+  Of a Gaussian of variance v it samples one of variance v / (1 - e / 2v), and
+  diverges where e > 2v.
 
   Args:
     rng: key.
@@ -46,7 +52,7 @@ def unadjusted(rng, score_fn, x, *, step_size, num_steps) -> Chains:
 
   def step(x, key):
     z = jax.random.normal(key, x.shape)
-    return sampling.langevin_step(x, score_fn(x), z, e)[0], None
+    return langevin_step(x, score_fn(x), z, e)[0], None
 
   x, _ = jax.lax.scan(step, x, jax.random.split(rng, num_steps))
   return Chains(x, jnp.ones(x.shape[:1]), jnp.asarray(num_steps))
@@ -106,7 +112,7 @@ def metropolis(
     x, score, accepted = carry
     key_z, key_u = jax.random.split(key)
     z = jax.random.normal(key_z, x.shape)
-    y = sampling.langevin_step(x, score, z, e)[0]
+    y = langevin_step(x, score, z, e)[0]
     score_y = score_fn(y)
     log_a = ratio(x, y) + log_q(x, y, score_y) - log_q(y, x, score)
     # Written so that a proposal without a finite density is refused.
@@ -131,7 +137,7 @@ def annealed(
 
   `num_steps` steps of `unadjusted` at each sigma_i, from the largest to the
   smallest, sigma_L, with e_i = step_size sigma_i^2 / sigma_L^2, so that signal
-  and noise keep their ratio. (`sampling.annealed_langevin`, a corrector, has
+  and noise keep their ratio. (The corrector `annealed_langevin` has
   another rule: e = 2 (snr sigma)^2, whatever sigma_L.)
 
   Args:

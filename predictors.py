@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 import sde_lib
+from langevin import langevin_step
 
 
 def _normal_like(rng, x):
@@ -95,13 +96,6 @@ def no_step(score_fn, sde):
 # ------------------------------------------------------------- correctors
 
 
-def _langevin_step(x, score, z, e):
-  """x + e score + sqrt(2 e) z (Algorithms 4 and 5), e [B], and its mean."""
-  e = sde_lib.expand(e, x)
-  x_mean = x + e * score
-  return x_mean + jnp.sqrt(2 * e) * z, x_mean
-
-
 def _batch_norm(v):
   """Euclidean norm of each example, averaged over the whole (global) batch."""
   return jnp.mean(jnp.linalg.norm(v.reshape(v.shape[0], -1), axis=-1))
@@ -124,7 +118,7 @@ def langevin(score_fn, sde, *, snr):
     z = _normal_like(rng, x)
     a, _ = sde.discretize(t_next, t)
     ratio = snr * _batch_norm(z) / _batch_norm(score)
-    return _langevin_step(x, score, z, 2 * (a * ratio) ** 2)
+    return langevin_step(x, score, z, 2 * (a * ratio) ** 2)
 
   return step
 
@@ -141,7 +135,7 @@ def annealed_langevin(score_fn, sde, *, snr):
   def step(rng, x, t, t_next):
     a, _ = sde.discretize(t_next, t)
     e = 2 * (a * snr * sde.marginal(t)[1]) ** 2
-    return _langevin_step(x, score_fn(x, t), _normal_like(rng, x), e)
+    return langevin_step(x, score_fn(x, t), _normal_like(rng, x), e)
 
   return step
 

@@ -178,7 +178,7 @@ class Checkerboard(Distribution):
 # The mixture is that of Song & Ermon 2019, Section 3.2 (Figures 2 and 3).
 DISTRIBUTIONS = {
   'toy/mixture': Mixture(
-    weights=(0.2, 0.8), means=((-5.0, -5.0), (5.0, 5.0)), std=1.0, extent=8.0
+    weights=(0.2, 0.8), means=((-5.0, -5.0), (5.0, 5.0)), std=1.0, extent=10.0
   ),
   'toy/rings': Curve(path=rings, std=0.08, extent=2.4),
   'toy/checkerboard': Checkerboard(extent=2.4),
