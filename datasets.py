@@ -108,7 +108,7 @@ def digits(config, split):
 
 
 def points(config, split):
-  """Float32 points [N, 2] of `toy_data`: 100,000 and 10,000, always the same.
+  """Float32 points [N, 2] of `toy_data`: 100,000 and 4,000, always the same.
 
   There are no labels.
   """
@@ -116,7 +116,7 @@ def points(config, split):
     raise ValueError(
       f'{config.dataset} needs data.dims=2 and data.centered=False'
     )
-  seed, n = {'train': (0, 100_000), 'test': (1, 10_000)}[split]
+  seed, n = {'train': (0, 100_000), 'test': (1, 4000)}[split]
   rng = np.random.default_rng(seed)
   x = toy_data.DISTRIBUTIONS[config.dataset].sample(rng, n).astype(np.float32)
   labels = np.zeros(n, np.int32)

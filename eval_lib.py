@@ -30,6 +30,7 @@ import likelihood
 import references
 import reporting
 import run_lib
+import toy
 
 
 def _config_dict(config):
@@ -276,7 +277,11 @@ def _evaluate_step(config, step, params, layout, folder, tools):
     result |= json.loads(path.read_text())
   if config.eval.enable_bpd:
     result |= bits_per_dim(config, params, test_set, layout, folder)
-  if config.eval.enable_sampling:
+  if config.eval.enable_sampling and config.data.dims:
+    result |= {'sampler': _config_dict(config)['sampling']}
+    result |= {'count': config.eval.num_samples}
+    result |= toy.evaluate(config, params, test_set, folder)
+  elif config.eval.enable_sampling:
     count, extract = config.eval.num_samples, tools['extract']
     names = _make_batches(config, params, layout, folder, extract)
     result |= {'sampler': _config_dict(config)['sampling'], 'count': count}
@@ -336,7 +341,7 @@ def evaluate(config, workdir, eval_folder='eval'):
       'loss': run_lib.make_eval_loss(config, layout),
       'test_set': datasets.load(config.data, 'test'),
     }
-    if config.eval.enable_sampling:
+    if config.eval.enable_sampling and not config.data.dims:
       tools |= _tools(config, workdir)
       _say_if_few(config, config.eval.num_samples, tools['reference'])
     like = run_lib.replicated(experiment.abstract_params(config), layout)

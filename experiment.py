@@ -457,7 +457,7 @@ def check(config):
         )
   else:
     make_score_fn(config, None)
-    # Traced with a score that costs nothing: grids may be too coarse or too fine.
+    # Traced with a score that costs nothing: grids may be too coarse.
     sample = make_sampler(
       config,
       1,

@@ -105,14 +105,15 @@ def save_samples(path, samples, *, columns=None):
   """One PNG of samples: uint8 images in a grid, points [N, D] scattered."""
   if samples.ndim > 2:
     return save_grid(path, samples, columns=columns)
-  plt = _pyplot()
+  plt = pyplot()
   figure, ax = plt.subplots(figsize=(5, 5))
   ax.scatter(*samples[:, :2].T, s=3, alpha=0.6, linewidths=0)
   ax.set_aspect('equal', 'datalim')
-  _save_figure(path, figure)
+  save_figure(path, figure)
 
 
-def _pyplot():
+def pyplot():
+  """Matplotlib's, which draws into files only."""
   import matplotlib
 
   matplotlib.use('Agg')
@@ -121,14 +122,14 @@ def _pyplot():
   return pyplot
 
 
-def _save_figure(path, figure):
+def save_figure(path, figure):
   """Writes a figure as PNG, whole or not at all, and closes it."""
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   figure.tight_layout()
   part = path.with_name(path.name + '.part')
   figure.savefig(part, format='png', dpi=100)
-  _pyplot().close(figure)
+  pyplot().close(figure)
   os.replace(part, path)
 
 
@@ -211,10 +212,11 @@ def save_trajectory(path, frames):
 
 
 METRICS = (
-  'test_loss', 'bits_per_dim', 'nats', 'fid', 'kid', 'is_1_split',
-  'is_10_splits', 'precision', 'recall', 'density', 'coverage',
-  'accuracy_t0.0', 'accuracy_t0.25', 'accuracy_t0.5', 'accuracy_t0.75',
-  'accuracy_t1.0',
+  'test_loss', 'bits_per_dim', 'nats', 'true_nats', 'fid', 'kid',
+  'is_1_split', 'is_10_splits', 'precision', 'recall', 'density', 'coverage',
+  'sliced_wasserstein', 'true_sliced_wasserstein', 'energy_distance',
+  'true_energy_distance', 'accuracy_t0.0', 'accuracy_t0.25', 'accuracy_t0.5',
+  'accuracy_t0.75', 'accuracy_t1.0',
 )  # fmt: skip
 # What sets the number of evaluations, and so is no line of its own over NFE.
 _COST = ('num_steps', 'rtol', 'atol', 'sde_rtol', 'sde_atol')
@@ -348,7 +350,7 @@ def save_curves(path, results, names):
     return
   columns = min(3, len(panels))
   rows = -(-len(panels) // columns)
-  plt = _pyplot()
+  plt = pyplot()
   figure, axes = plt.subplots(
     rows, columns, figsize=(4 * columns, 3 * rows), squeeze=False
   )
@@ -362,4 +364,4 @@ def save_curves(path, results, names):
     ax.grid(alpha=0.3)
     if any(found):
       ax.legend(fontsize='xx-small')
-  _save_figure(path, figure)
+  save_figure(path, figure)

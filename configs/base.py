@@ -403,8 +403,9 @@ def toy(dataset):
     )
     config.optim.update(lr=4e-3, warmup=100)
     config.sampling.update(num_steps=200, num_samples=2048)
-    config.eval.update(batch_size=2000, num_samples=10_000, bpd_repeats=1)
-    config.eval.enable_bpd = True
+    config.sampling.update(rtol=1e-4, atol=1e-4)
+    config.eval.update(batch_size=2000, num_samples=4000, bpd_repeats=1)
+    config.eval.update(enable_bpd=True, bpd_trace='exact')
 
   return preset
 
