@@ -177,7 +177,7 @@ def save_grid(path, images, *, columns=None, scale_to=512):
 
 def _scattered(points):
   """A picture of points [N, D], uint8 [H, W, 3], cut where most of them are."""
-  plt = _pyplot()
+  plt = pyplot()
   figure, ax = plt.subplots(figsize=(2.4, 2.4), layout='constrained')
   ax.scatter(*points[:, :2].T, s=2, alpha=0.6, linewidths=0)
   reach = 1.1 * np.quantile(np.abs(points[:, :2]), 0.995)
