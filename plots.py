@@ -75,3 +75,9 @@ def paths(ax, x, *, color=PATHS):
   for path in np.swapaxes(x, 0, 1):
     ax.plot(*path.T, color=color, lw=0.8, alpha=0.7)
   scatter(ax, x[-1], size=8, alpha=1.0)
+
+
+def spread(n):
+  """n colours in order, to tell neighbouring paths apart."""
+  cmap = reporting.pyplot().get_cmap('autumn')
+  return [cmap(0.75 * i / max(n - 1, 1)) for i in range(n)]

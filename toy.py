@@ -144,7 +144,9 @@ def draw(config, params, x, folder):
   # The curve's density is shown with the least noise that a pixel can.
   blur = 0.0 if law.has_density else 0.02 * half
   true = np.exp(jax.jit(law.logp)(fine, 1.0, blur))
-  times = [config.sampling.eps, 0.2, 0.5]
+  # At hardly any noise, and at a little and a lot for the size of the picture.
+  snr = jnp.log(half * jnp.array([0.05, 0.3])) * -2
+  times = [config.sampling.eps, *sde.continuous.time(snr)]
   coarse = plots.grid(half, 21)
 
   with plots.canvas(folder / 'score_field.png', 2, 3) as axes:
@@ -177,5 +179,5 @@ def draw(config, params, x, folder):
     states = _ode_paths(config, params, 60)
     plots.paths(ax, states)
     plots.frame(ax, half, 'from noise to data')
-    reach = max(half, np.abs(states).max() * 1.02)
+    reach = np.clip(1.02 * np.abs(states).max(), half, 2 * half)
     ax.set(xlim=(-reach, reach), ylim=(-reach, reach))

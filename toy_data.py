@@ -55,14 +55,15 @@ class Distribution(abc.ABC):
 
 
 def _gaussians_logp(x, weights, means, variance):
-  """log sum_k weights_k N(x; means_k, variance I) of x [2], means [K, 2]."""
+  """log sum_k weights_k N(x; means_k, variance I) of x [D], means [K, D]."""
   square = jnp.sum((x[None] - means) ** 2, axis=-1)
-  exponent = -0.5 * square / variance - jnp.log(2 * jnp.pi * variance)
+  dims = means.shape[1]
+  exponent = -0.5 * (square / variance + dims * jnp.log(2 * jnp.pi * variance))
   return logsumexp(exponent, b=weights)
 
 
 def _convolved(x, weights, means, std, alpha, sigma):
-  """logp [N] of Gaussians about means [K, 2], under alpha and sigma."""
+  """logp [N] of Gaussians about means [K, D], under alpha and sigma."""
   alpha, sigma = (jnp.broadcast_to(v, x.shape[:1]) for v in (alpha, sigma))
   weights, means = jnp.float32(weights), jnp.float32(means)
 
@@ -77,7 +78,7 @@ def _convolved(x, weights, means, std, alpha, sigma):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mixture(Distribution):
-  """sum_k weights_k N(means_k, std^2 I), means [K, 2]."""
+  """sum_k weights_k N(means_k, std^2 I), means [K, D]; D need not be 2."""
 
   weights: tuple
   means: tuple
@@ -85,7 +86,8 @@ class Mixture(Distribution):
 
   def sample(self, rng, n):
     k = rng.choice(len(self.weights), n, p=self.weights)
-    return np.asarray(self.means)[k] + self.std * rng.standard_normal((n, 2))
+    mean = np.asarray(self.means)[k]
+    return mean + self.std * rng.standard_normal(mean.shape)
 
   def logp(self, x, alpha=1.0, sigma=0.0):
     return _convolved(x, self.weights, self.means, self.std, alpha, sigma)
@@ -123,10 +125,10 @@ class Curve(Distribution):
 
 
 def rings(u):
-  """Three circles of radii 0.6, 1.2 and 1.8, equally likely."""
-  ring = np.floor(3 * u)
-  angle = 2 * np.pi * (3 * u - ring)
-  radius = 0.6 * (1 + ring)
+  """Two circles of radii 0.8 and 1.6, equally likely."""
+  ring = np.floor(2 * u)
+  angle = 2 * np.pi * (2 * u - ring)
+  radius = 0.8 * (1 + ring)
   return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
 
 
@@ -180,7 +182,7 @@ DISTRIBUTIONS = {
   'toy/mixture': Mixture(
     weights=(0.2, 0.8), means=((-5.0, -5.0), (5.0, 5.0)), std=1.0, extent=10.0
   ),
-  'toy/rings': Curve(path=rings, std=0.08, extent=2.4),
+  'toy/rings': Curve(path=rings, std=0.1, extent=2.4),
   'toy/checkerboard': Checkerboard(extent=2.4),
   'toy/swiss_roll': Curve(path=swiss_roll, std=0.08, extent=2.6),
   'toy/curve': Curve(path=wave, std=0.0, extent=2.4),

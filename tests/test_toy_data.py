@@ -64,10 +64,10 @@ def test_rings_in_closed_form():
   law = LAWS['toy/rings']
   x = law.sample(np.random.default_rng(1), 500)
   radius, want = np.linalg.norm(x, axis=1), 0
-  for r in (0.6, 1.2, 1.8):
+  for r in (0.8, 1.6):
     v = law.std**2
     bell = np.exp(-((radius - r) ** 2) / (2 * v)) / (2 * np.pi * v)
-    want += bell * i0e(radius * r / v) / 3
+    want += bell * i0e(radius * r / v) / 2
   got = law.logp(jnp.asarray(x, jnp.float32))
   np.testing.assert_allclose(got, np.log(want), atol=1e-3)
 

@@ -1,4 +1,4 @@
-r"""Three rings, under VP.
+r"""Two rings, under VP.
 
 python main.py --mode train --workdir W \
   --config configs/toy/rings_vp.py
