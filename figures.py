@@ -190,7 +190,7 @@ def manifold(path):
   curve = toy_data.DISTRIBUTIONS['toy/curve']
   x = curve.sample(np.random.default_rng(0), 50_000)
   noise = np.random.default_rng(1).standard_normal(x.shape)
-  results, numbers, num_steps = {}, {}, 3000
+  results, numbers, num_steps = {}, {}, 2000
   for sigma in (0.0, 0.1):
     _, results[sigma] = fit(
       score_matching.sliced_vr,
@@ -264,7 +264,7 @@ def _quantile(x, t):
 
 def sde(path):
   """Paths of the forward and of the reverse SDE over the marginals."""
-  n, shown, num_steps = 2000, 12, 500
+  n, shown, num_steps = 2000, 8, 500
   x0 = jnp.asarray(BIMODAL.sample(np.random.default_rng(0), n), jnp.float32)
   grid = jnp.linspace(0, 1, num_steps)
 
