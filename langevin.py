@@ -131,7 +131,15 @@ def metropolis(
 
 
 def annealed(
-  rng, score_fn, sigmas, x, *, step_size, num_steps, final_denoise=True
+  rng,
+  score_fn,
+  sigmas,
+  x,
+  *,
+  step_size,
+  num_steps,
+  final_denoise=True,
+  levels=None,
 ) -> Chains:
   """Annealed Langevin dynamics (Song & Ermon 2019, Algorithm 1).
 
@@ -150,23 +158,27 @@ def annealed(
     num_steps: T, steps at each level.
     final_denoise: whether to end in the mean of the clean data, x + sigma_L^2 s
       (Jolicoeur-Martineau et al. 2020; not in the paper of 2019).
+    levels: what score_fn is told in place of sigmas, [L], such as times.
   """
   sigmas = jnp.asarray(sigmas)
-  full = lambda sigma: jnp.full(x.shape[:1], sigma)
+  levels = sigmas if levels is None else jnp.asarray(levels)
+  full = lambda value: jnp.full(x.shape[:1], value)
 
-  def level(x, inputs):
-    key, sigma = inputs
+  def anneal(x, inputs):
+    key, sigma, level = inputs
     chains = unadjusted(
       key,
-      lambda x: score_fn(x, full(sigma)),
+      lambda x: score_fn(x, full(level)),
       x,
       step_size=step_size * (sigma / sigmas[-1]) ** 2,
       num_steps=num_steps,
     )
     return chains.x, None
 
-  x, _ = jax.lax.scan(level, x, (jax.random.split(rng, len(sigmas)), sigmas))
+  x, _ = jax.lax.scan(
+    anneal, x, (jax.random.split(rng, len(sigmas)), sigmas, levels)
+  )
   if final_denoise:
-    x = x + sigmas[-1] ** 2 * score_fn(x, full(sigmas[-1]))
+    x = x + sigmas[-1] ** 2 * score_fn(x, full(levels[-1]))
   nfe = len(sigmas) * num_steps + int(final_denoise)
   return Chains(x, jnp.ones(x.shape[:1]), jnp.asarray(nfe))

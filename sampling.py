@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import adaptive_sde
+import langevin
 import ode
 import sde_lib
 import solvers
@@ -376,12 +377,86 @@ def adaptive_sde_sample(
   )  # fmt: skip
 
 
+# ------------------------------------------------------------- Langevin
+
+
+def _after_chains(chains, score_fn, sde, t, final_denoise):
+  """Samples of chains that ended at time t."""
+  x = chains.x
+  if final_denoise:
+    x = denoise(score_fn, sde, x, jnp.full(x.shape[:1], t, x.dtype))
+  return _result(
+    x, chains.nfe + int(final_denoise), jnp.zeros((0, *x.shape)), jnp.zeros(0)
+  )
+
+
+def langevin_sample(
+  rng, score_fn, sde, z, *, dynamics, eps, num_steps, step_size, final_denoise
+) -> Samples:
+  """Langevin dynamics at the one time eps, from z on.
+
+  Args:
+    rng, score_fn, sde, z: as `pc_sample`.
+    dynamics: `langevin.unadjusted` or `langevin.metropolis`.
+    eps: the time whose marginal is sampled.
+    num_steps, step_size: of the chain; see `langevin.unadjusted`.
+    final_denoise: whether to end in the mean of x_0 given x_eps.
+  """
+
+  def at_eps(x):
+    return score_fn(x, jnp.full(x.shape[:1], eps, x.dtype))
+
+  chains = dynamics(rng, at_eps, z, step_size=step_size, num_steps=num_steps)
+  return _after_chains(chains, score_fn, sde, eps, final_denoise)
+
+
+def annealed_sample(
+  rng,
+  score_fn,
+  sde,
+  z,
+  *,
+  num_steps,
+  eps,
+  step_size,
+  corrector_steps=1,
+  grid='uniform',
+  rho=7.0,
+  final_denoise=True,
+) -> Samples:
+  """Annealed Langevin dynamics (Song & Ermon 2019, Algorithm 1).
+
+  Args:
+    rng, score_fn, sde, z, num_steps, eps, grid, rho: as `pc_sample`; num_steps
+      is L, the number of noise levels.
+    step_size: e at the last level, of noise sigma_L; at others it is larger by
+      sigma^2 / sigma_L^2.
+    corrector_steps: T, steps at each level.
+    final_denoise: whether to end in the mean of x_0.
+  """
+  t = time_grid(sde, num_steps, eps, grid=grid, rho=rho)
+  chains = langevin.annealed(
+    rng,
+    score_fn,
+    sde.marginal(t)[1],
+    z,
+    step_size=step_size,
+    num_steps=corrector_steps,
+    final_denoise=False,
+    levels=t,
+  )
+  return _after_chains(chains, score_fn, sde, t[-1], final_denoise)
+
+
 # (rng, score_fn, sde, z, *, options) -> Samples. The options are keys of
 # config.sampling.
 SAMPLERS = {
   'pc': pc_sample,
   'ode': ode_sample,
   'adaptive_sde': adaptive_sde_sample,
+  'ula': functools.partial(langevin_sample, dynamics=langevin.unadjusted),
+  'mala': functools.partial(langevin_sample, dynamics=langevin.metropolis),
+  'annealed_langevin': annealed_sample,
   **{
     name: functools.partial(plan_sample, solver=solver)
     for name, solver in solvers.SOLVERS.items()

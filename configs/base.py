@@ -66,6 +66,7 @@ def base():
         'eps': 1e-3,  # smallest time
         'corrector_steps': 1,
         'snr': 0.16,
+        'step_size': 1e-5,  # of 'ula', 'mala' and 'annealed_langevin'
         'ancestral_variance': 'forward',  # or 'posterior'
         'probability_flow': False,  # predictors follow the ODE
         'final_denoise': True,

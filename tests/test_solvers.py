@@ -247,6 +247,8 @@ def small(method):
     options = {'rtol': 0.1, 'atol': 0.1}
   elif method == 'adaptive_sde':
     options = {'sde_rtol': 0.5, 'sde_atol': 0.1}
+  elif method in ('ula', 'mala', 'annealed_langevin'):
+    options |= {'step_size': 1e-3}
   return functools.partial(sampling.SAMPLERS[method], eps=1e-2, **options)
 
 
