@@ -1,4 +1,4 @@
-r"""An energy of the two Gaussians, by sliced score matching at all noise levels.
+r"""An energy of the two Gaussians, by sliced score matching at all levels.
 
 python main.py --mode train --workdir W \
   --config configs/toy/mixture_energy_sliced.py
