@@ -155,14 +155,13 @@ def draw(config, params, x, folder):
     for (upper, lower), time in zip(axes.T, times, strict=True):
       t = jnp.full(len(coarse), time)
       fields = [np.asarray(score_fn(coarse, t)) for score_fn in (model, exact)]
-      longest = np.quantile(np.linalg.norm(fields[1], axis=1), 0.75)
       alpha, sigma = (float(c) for c in sde.marginal(jnp.float32(time)))
       values = np.exp(jax.jit(law.logp)(fine, alpha, max(sigma, blur)))
       for ax, score, name in zip(
         (upper, lower), fields, ('learnt', 'true'), strict=True
       ):
         plots.density(ax, half, values)
-        plots.field(ax, coarse, score, longest=longest)
+        plots.field(ax, coarse, score)  # each to a scale of its own
         plots.frame(ax, half, f'{name} score, $\\sigma$ = {sigma:.2g}')
 
   with plots.canvas(folder / 'density.png', 1, 3) as ((data, model, cloud),):

@@ -22,6 +22,10 @@ N = 40_000
 MEAN = np.array([0.5, -1.0])
 COVARIANCE = np.array([[1.2, 0.5], [0.5, 0.7]])
 SIGMA = 0.6
+# Compiled quickly rather than well: these programs run once.
+quickly = functools.partial(
+  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
+)
 RINGS = toy_data.DISTRIBUTIONS['toy/rings']
 
 
@@ -228,13 +232,13 @@ def test_an_energy_trains_with_each(name):
     params = jax.tree.map(jnp.add, params, updates)
     return (params, state), None
 
-  @jax.jit
+  @quickly
   def train(params):
     keys = jax.random.split(jax.random.key(1), 200)
     start = params, optimizer.init(params)
     return jax.lax.scan(step, start, keys)[0][0]
 
-  @jax.jit
+  @quickly
   def error(params):
     """E sigma^2 |s - grad log p_t|^2 over the data and times."""
     t = jnp.linspace(0, 1, len(x[:2000]))
