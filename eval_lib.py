@@ -439,15 +439,7 @@ def sample(config, workdir):
   """
   experiment.check(config)
   workdir, count = pathlib.Path(workdir), config.sampling.num_samples
-  devices = jax.device_count()
-  batch = min(config.eval.batch_size, math.ceil(count / devices) * devices)
-  run_lib.check_divisible(batch, 'config.eval.batch_size')
-  layout = run_lib.make_layout()
-  with checkpoints.Checkpoints(workdir) as saved:
-    step = saved.select(config.eval.checkpoint)[-1]
-    checkpoints.claim_workdir(config, workdir, write=False)
-    like = run_lib.replicated(experiment.abstract_params(config), layout)
-    params = saved.restore(step, like, 'ema')
+  step, params, layout, batch = run_lib.restore(config, workdir, count)
   make = run_lib.make_sample(
     config, layout, batch, frames=config.sampling.frames
   )

@@ -6,7 +6,6 @@ images at another temperature.
 """
 
 import json
-import math
 import pathlib
 
 import jax
@@ -88,15 +87,7 @@ def encode(config, workdir):
   count = min(config.sampling.num_samples, len(test_set))
   if count < 2:
     raise ValueError('config.sampling.num_samples must be at least 2.')
-  devices = jax.device_count()
-  batch = min(config.eval.batch_size, math.ceil(count / devices) * devices)
-  run_lib.check_divisible(batch, 'config.eval.batch_size')
-  layout = run_lib.make_layout()
-  with checkpoints.Checkpoints(workdir) as saved:
-    step = saved.select(config.eval.checkpoint)[-1]
-    checkpoints.claim_workdir(config, workdir, write=False)
-    like = run_lib.replicated(experiment.abstract_params(config), layout)
-    params = saved.restore(step, like, 'ema')
+  step, params, layout, batch = run_lib.restore(config, workdir, count)
   encoder, decoder = _code_functions(config, layout, params, batch)
 
   images = test_set.fetch(np.arange(count))

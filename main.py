@@ -41,6 +41,7 @@ flags.mark_flags_as_required(['config', 'workdir', 'mode'])
 def run():
   import control_lib
   import eval_lib
+  import exchange
   import latent
   import references
   import run_lib
@@ -64,9 +65,9 @@ def run():
     case 'stats':
       references.stats(config, workdir)
     case 'import':
-      run_lib.import_released(config, workdir, FLAGS.checkpoint)
+      exchange.import_released(config, workdir, FLAGS.checkpoint)
     case 'export':
-      run_lib.export(config, workdir, FLAGS.output)
+      exchange.export(config, workdir, FLAGS.output)
 
 
 def configure_jax():

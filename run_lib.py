@@ -9,7 +9,6 @@ random numbers do not depend on the number of devices.
 import collections
 import math
 import pathlib
-import shutil
 import signal
 import time
 import typing
@@ -23,10 +22,8 @@ from jax.sharding import PartitionSpec as P
 
 import checkpoints
 import datasets
-import diffusers_export
 import experiment
 import losses
-import released
 import reporting
 
 # Images of the test set whose loss is logged in training, with fixed noise.
@@ -349,7 +346,7 @@ def train(config, workdir):
       like = replicated(like, layout)
       ema = saved.restore(start, like.ema, 'ema')
       state = TrainState(
-        **saved.restore(start, _without_ema(like), 'state'), ema=ema
+        **saved.restore(start, without_ema(like), 'state'), ema=ema
       )
       reporting.say(f'Resuming at step {start}.')
     if start >= training.n_iters:
@@ -421,7 +418,7 @@ def train(config, workdir):
           progress(step, note)
         if saving or finished:
           saved.save(
-            step, _without_ema(state), state.ema, loss=scalars['test_loss']
+            step, without_ema(state), state.ema, loss=scalars['test_loss']
           )
         snapshot = due(training.snapshot_freq) or finished
         if training.snapshot_sampling and snapshot and not stopping:
@@ -437,7 +434,8 @@ def train(config, workdir):
       saved.wait()
 
 
-def _without_ema(state):
+def without_ema(state):
+  """The item `state` of a checkpoint: all but the averaged parameters."""
   return {k: v for k, v in state._asdict().items() if k != 'ema'}
 
 
@@ -448,6 +446,39 @@ def _snapshot_size(config):
   """About as many samples as a picture shows, as many on every device."""
   n = SNAPSHOT_POINTS if config.data.dims else SNAPSHOT_IMAGES
   return math.ceil(n / jax.device_count()) * jax.device_count()
+
+
+class Run(typing.NamedTuple):
+  """A trained model, and how to sample from it.
+
+  Attributes:
+    step: of the checkpoint.
+    params: its averaged parameters, on all devices.
+    layout: where arrays live.
+    batch_size: of samples, at most config.eval.batch_size.
+  """
+
+  step: int
+  params: typing.Any
+  layout: Layout
+  batch_size: int
+
+
+def restore(config, workdir, count) -> Run:
+  """The last checkpoint of config.eval.checkpoint, to make `count` samples of.
+
+  Raises:
+    FileNotFoundError, ValueError: there is none, or it is of another config.
+  """
+  devices = jax.device_count()
+  batch = min(config.eval.batch_size, math.ceil(count / devices) * devices)
+  check_divisible(batch, 'config.eval.batch_size')
+  layout = make_layout()
+  with checkpoints.Checkpoints(workdir) as saved:
+    step = saved.select(config.eval.checkpoint)[-1]
+    checkpoints.claim_workdir(config, workdir, write=False)
+    like = replicated(experiment.abstract_params(config), layout)
+    return Run(step, saved.restore(step, like, 'ema'), layout, batch)
 
 
 def make_sample(config, layout, batch_size, *, frames=0):
@@ -461,82 +492,3 @@ def make_sample(config, layout, batch_size, *, frames=0):
     in_shardings=(layout.replicated, None),
     out_shardings=layout.replicated,
   )
-
-
-# ------------------------------------------------------- import and export
-
-
-def import_released(config, workdir, path):
-  """Makes a workdir of one of the paper's released checkpoints.
-
-  JAX (`checkpoint_N`), PyTorch (`*.pth`) or a safetensors file of `export`.
-  Training then goes on from it, with Adam's moments where the file has them.
-  The workdir appears whole, by one renaming, or not at all.
-
-  Raises:
-    ValueError: the file is damaged or of another network; or workdir has
-      something in it already. Nothing is written then.
-  """
-  workdir = pathlib.Path(workdir)
-  if not path:
-    raise ValueError('--mode import needs --checkpoint FILE.')
-  experiment.check(config)
-  if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-    raise ValueError(f'{workdir} exists already: choose another --workdir.')
-  found = released.load(path, config)
-  optimizer = experiment.make_optimizer(config)
-  state = TrainState(
-    np.int32(found.step),
-    found.params,
-    released.optimizer_state(optimizer, found),
-    found.ema_params,
-  )
-  state = jax.tree.map(jnp.asarray, state)
-  # Beside it, so that a process that dies leaves no half of a workdir.
-  part = workdir.with_name(workdir.name + '.part')
-  shutil.rmtree(part, ignore_errors=True)
-  checkpoints.claim_workdir(config, part)
-  with checkpoints.Checkpoints(part, keep_every=1) as saved:
-    saved.save(int(found.step), _without_ema(state), state.ema)
-    saved.wait()
-  part.replace(workdir)
-  reporting.say(f'{path} is checkpoint {found.step} of {workdir}.')
-
-
-def export(config, workdir, path):
-  """Writes averaged parameters for use elsewhere.
-
-  Args:
-    config: a ConfigDict.
-    workdir: of the run.
-    path: FILE.safetensors, with the config in its metadata, which `released`
-      reads; or a folder for diffusers.
-
-  Raises:
-    ValueError: there is no such checkpoint, or diffusers cannot represent the
-      network exactly. Nothing is written then.
-  """
-  if not path:
-    raise ValueError(
-      '--mode export needs --output FILE.safetensors or, for diffusers, a '
-      'folder.'
-    )
-  to_file = str(path).endswith('.safetensors')
-  if not to_file:
-    diffusers_export.check(config)
-  like = experiment.abstract_params(config)
-  which = config.eval.checkpoint
-  with checkpoints.Checkpoints(workdir) as saved:
-    step = saved.select(which)[-1]
-  ema = checkpoints.restore_ema(workdir, like, step)
-  if to_file:
-    released.export(path, config, ema, step=step)
-    note = ''
-  else:
-    pipeline = diffusers_export.export(path, config, ema)
-    note = (
-      f', a {pipeline} of diffusers'
-      if pipeline
-      else "/unet, diffusers' UNet2DModel; it has no pipeline for its process"
-    )
-  reporting.say(f'Checkpoint {step} of {workdir} is in {path}{note}.')

@@ -18,6 +18,7 @@ import checkpoints
 import datasets
 import eval_lib
 import evaluation
+import exchange
 import experiment
 import features
 import references
@@ -460,14 +461,14 @@ def test_a_solver_that_fails_says_what_may_help(run, method, key):
 def test_export_and_import_are_a_round_trip(run, tmp_path):
   config, workdir = run
   path = tmp_path / 'model.safetensors'
-  run_lib.export(config, workdir, str(path))
-  run_lib.import_released(config, tmp_path / 'new', path)
+  exchange.export(config, workdir, str(path))
+  exchange.import_released(config, tmp_path / 'new', path)
   like = experiment.abstract_params(config)
   ours = checkpoints.restore_ema(workdir, like)
   theirs = checkpoints.restore_ema(tmp_path / 'new', like)
   tree_equal(ours, theirs)
   with pytest.raises(ValueError, match='already'):
-    run_lib.import_released(config, tmp_path / 'new', path)
+    exchange.import_released(config, tmp_path / 'new', path)
 
 
 def tree_equal(a, b):
@@ -490,7 +491,7 @@ def reduced_release(dataset):
 def test_released_checkpoint_becomes_a_run(tmp_path):
   """All that training goes on from is in it, bit by bit."""
   config, path = reduced_release('unused.npz')
-  run_lib.import_released(config, tmp_path / 'run', path)
+  exchange.import_released(config, tmp_path / 'run', path)
   found = released.load(path, config)
   layout = run_lib.make_layout()
   init, _ = run_lib.make_init(config, layout)
@@ -516,7 +517,7 @@ def test_training_goes_on_from_a_released_checkpoint(tmp_path):
   images = rng.integers(0, 256, (8, 16, 16, 3), np.uint8)
   np.savez(tmp_path / 'data.npz', x_train=images, x_test=images)
   config, path = reduced_release(tmp_path / 'data.npz')
-  run_lib.import_released(config, tmp_path / 'run', path)
+  exchange.import_released(config, tmp_path / 'run', path)
   run_lib.train(config, tmp_path / 'run')
   like = experiment.abstract_params(config)
   with checkpoints.Checkpoints(tmp_path / 'run') as saved:
@@ -543,7 +544,7 @@ def test_training_goes_on_from_a_released_checkpoint(tmp_path):
 def test_notebook_from_an_exported_file(run, tmp_path):
   """The README's lines: no flags, no workdir."""
   path = str(tmp_path / 'model.safetensors')
-  run_lib.export(*run, path)
+  exchange.export(*run, path)
   # From here on, as in a notebook.
   config = released.exported_config(path)
   params = released.load(path, config).ema_params

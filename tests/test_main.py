@@ -213,9 +213,9 @@ def test_import_needs_a_file_and_a_new_workdir(call, trained, tmp_path):
 def test_import_that_dies_leaves_no_workdir(call, tmp_path, monkeypatch):
   """Killed when the checkpoint was saved, and repeated."""
   import checkpoints
+  import exchange
   import experiment
   import released
-  import run_lib
 
   config, workdir = tiny.get_config(), tmp_path / 'run'
   like = experiment.abstract_params(config)
@@ -228,9 +228,9 @@ def test_import_that_dies_leaves_no_workdir(call, tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(checkpoints.Checkpoints, 'wait', die)
     with pytest.raises(KeyboardInterrupt):
-      run_lib.import_released(config, workdir, tmp_path / 'model')
+      exchange.import_released(config, workdir, tmp_path / 'model')
   assert not workdir.exists()
-  run_lib.import_released(config, workdir, tmp_path / 'model')
+  exchange.import_released(config, workdir, tmp_path / 'model')
   assert {p.name for p in tmp_path.iterdir()} == {'model', 'run'}
   with checkpoints.Checkpoints(workdir) as saved:
     assert saved.steps == [0]
