@@ -28,6 +28,8 @@ from controllable_generation import METHODS, OPERATORS
 
 CLASSES = ('classifier', 'labels')
 CONTROLS = (*CLASSES, *OPERATORS)
+# No sample of images in [0, 1], or of points, is that far away.
+DIVERGED = 100.0
 
 
 def check(config):
@@ -180,9 +182,7 @@ def make_wrap(config, operator):
   control = config.control
   options = {'operator': operator, 'noise_std': control.noise_std}
   if control.method != 'projection':
-    options['scale'] = control.scale
-    if control.clip:
-      options['clip'] = (-1 if config.data.centered else 0, 1)
+    options |= {'scale': control.scale, 'ramp': control.ramp}
   elif control.fresh_noise:
     options['rng'] = jax.random.key(config.seed)
   if control.method == 'pigdm':
@@ -255,6 +255,13 @@ def _draw(config, workdir, wrap, count, split, everywhere):
     if not success:
       raise FloatingPointError(
         'The ODE solver failed; larger config.sampling.rtol and atol may help.'
+      )
+    x = np.asarray(x)
+    if not np.all(np.abs(x) < DIVERGED):  # Nor is a NaN below it.
+      raise FloatingPointError(
+        f'Samples went astray (above {DIVERGED:g}, or not a number): set '
+        'config.control.scale lower, config.control.ramp or noise_std higher, '
+        'or take more config.sampling.num_steps.'
       )
     images.append(experiment.to_data(config, x))
     progress(min(count, start + batch))

@@ -191,18 +191,28 @@ def projection(score_fn, sde, *, operator, y, noise_std=0.0, rng=None):
   return guided
 
 
-def _denoiser(score_fn, sde, t, clip):
+def _denoiser(score_fn, sde, t):
   """x -> (E[x_0 | x_t = x], score), as `jax.vjp(.., has_aux=True)` wants it."""
 
   def denoised(x):
     score = score_fn(x, t)
-    x0_hat = sampling.denoise(lambda *_: score, sde, x, t)
-    return (jnp.clip(x0_hat, *clip) if clip else x0_hat), score
+    return sampling.denoise(lambda *_: score, sde, x, t), score
 
   return denoised
 
 
-def dps(score_fn, sde, *, operator, y, noise_std, scale=1.0, clip=None):
+def _trust(sde, x, t, ramp):
+  """1 / (1 + (ramp sigma / alpha)^2), [B, 1, ..]: how far guidance is trusted.
+
+  x0_hat and its Jacobian divide the network's error by alpha, which near t = 1
+  is far above the guidance itself. The weight is 1 where ramp sigma < alpha,
+  falls as alpha^2 before that, and is smooth, so that ODE solvers take it.
+  """
+  alpha, sigma = (sde_lib.expand(c, x) for c in sde.marginal(t))
+  return 1 / (1 + (ramp * sigma / alpha) ** 2)
+
+
+def dps(score_fn, sde, *, operator, y, noise_std, scale=1.0, ramp=0.0):
   """Diffusion posterior sampling (Chung et al. 2022, arXiv 2209.14687, Eq. 16).
 
   p_t(y | x) is taken to be N(y; A(x0_hat), noise_std^2) with x0_hat =
@@ -213,12 +223,12 @@ def dps(score_fn, sde, *, operator, y, noise_std, scale=1.0, clip=None):
     operator: any differentiable A(x), linear or not.
     noise_std: of the measurements, above 0.
     scale: multiplies the guidance.
-    clip: (low, high) that x0_hat is cut off at, as those authors do. Near t = 1
-      a network's errors are divided by alpha, and would lead far astray.
+    ramp: weighs guidance by 1 / (1 + (ramp sigma / alpha)^2), against errors of
+      the network (see `_trust`); 0 leaves the formula as it is.
   """
 
   def guided(x, t):
-    denoised = _denoiser(score_fn, sde, t, clip)
+    denoised = _denoiser(score_fn, sde, t)
 
     def log_likelihood(x):
       x0_hat, score = denoised(x)
@@ -226,7 +236,7 @@ def dps(score_fn, sde, *, operator, y, noise_std, scale=1.0, clip=None):
       return -0.5 * jnp.sum(error**2), score
 
     gradient, score = jax.grad(log_likelihood, has_aux=True)(x)
-    return score + scale * gradient
+    return score + scale * _trust(sde, x, t, ramp) * gradient
 
   return guided
 
@@ -273,7 +283,7 @@ def pigdm(
   noise_std=0.0,
   data_std=1.0,
   scale=1.0,
-  clip=None,
+  ramp=0.0,
 ):
   """Pseudo-inverse-guided diffusion (Song et al. 2023, "PiGDM", Eq. 7).
 
@@ -284,13 +294,13 @@ def pigdm(
   in one step where A A^T = I.
 
   Args:
-    score_fn, sde, operator, y, scale, clip: as in `dps`.
+    score_fn, sde, operator, y, scale, ramp: as in `dps`.
     noise_std: of the measurements; 0 is allowed.
     data_std: the prior's standard deviation, 1 in the paper.
   """
 
   def guided(x, t):
-    denoised = _denoiser(score_fn, sde, t, clip)
+    denoised = _denoiser(score_fn, sde, t)
     x0_hat, pull_back, score = jax.vjp(denoised, x, has_aux=True)
     y_hat, linear = jax.linearize(operator, x0_hat)
     adjoint = transpose(linear, x.shape)
@@ -299,7 +309,8 @@ def pigdm(
     # The covariance over r^2, whose size does not depend on t.
     covariance = lambda v: linear(adjoint(v)) + noise_std**2 / r2 * v
     u = _solve(covariance, (y - y_hat) / r2)
-    return score + scale * pull_back(adjoint(u))[0]
+    gradient = pull_back(adjoint(u))[0]
+    return score + scale * _trust(sde, x, t, ramp) * gradient
 
   return guided
 

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 import checkpoints
+import experiment
 
 
 def duration(seconds):
@@ -215,8 +216,7 @@ METRICS = (
   'test_loss', 'bits_per_dim', 'nats', 'true_nats', 'fid', 'kid',
   'is_1_split', 'is_10_splits', 'precision', 'recall', 'density', 'coverage',
   'sliced_wasserstein', 'true_sliced_wasserstein', 'energy_distance',
-  'true_energy_distance', 'accuracy_t0.0', 'accuracy_t0.25', 'accuracy_t0.5',
-  'accuracy_t0.75', 'accuracy_t1.0',
+  'true_energy_distance', *experiment.ACCURACIES,
 )  # fmt: skip
 # What sets the number of evaluations, and so is no line of its own over NFE.
 _COST = ('num_steps', 'rtol', 'atol', 'sde_rtol', 'sde_atol')

@@ -96,7 +96,9 @@ def base():
         'repeats': 4,  # reconstructions of each
         'noise_std': 0.0,  # of the measurement, in the model's range
         'data_std': 0.5,  # of the data, as 'pigdm' takes them to be
-        'clip': True,  # 'dps', 'pigdm': denoised images to the data's range
+        # 'dps', 'pigdm': guidance fades where sigma / alpha is above 1 / ramp,
+        # for a network's errors are amplified there; 0: it never does.
+        'ramp': 0.2,
         'fresh_noise': False,  # 'projection' as in the paper; not for ODEs
         'mask': 'half',  # 'center', 'half', 'random', or an image file
         'known': 0.25,  # share of pixels that a random mask shows
