@@ -28,8 +28,8 @@ from controllable_generation import METHODS, OPERATORS
 
 CLASSES = ('classifier', 'labels')
 CONTROLS = (*CLASSES, *OPERATORS)
-# No sample of images in [0, 1], or of points, is that far away.
-DIVERGED = 100.0
+# Above the noise of any process: there, a solver has gone astray.
+DIVERGED = 1e4
 
 
 def check(config):

@@ -98,7 +98,7 @@ def base():
         'data_std': 0.5,  # of the data, as 'pigdm' takes them to be
         # 'dps', 'pigdm': guidance fades where sigma / alpha is above 1 / ramp,
         # for a network's errors are amplified there; 0: it never does.
-        'ramp': 0.2,
+        'ramp': 1.0,
         'fresh_noise': False,  # 'projection' as in the paper; not for ODEs
         'mask': 'half',  # 'center', 'half', 'random', or an image file
         'known': 0.25,  # share of pixels that a random mask shows

@@ -223,6 +223,22 @@ def test_pigdm_is_the_conditional_score(sde, noise_std):
   np.testing.assert_allclose(got / scale, wanted / scale, atol=5e-3)
 
 
+@pytest.mark.parametrize('method', ['dps', 'pigdm'])
+def test_ramp_weighs_the_guidance(method):
+  """By 1 / (1 + (ramp sigma / alpha)^2), which fades near t = 1."""
+  x, t = states(3)
+  guided = lambda **ramp: control.METHODS[method](
+    PRIOR(VP), VP, operator=linear(TWO_OF_THREE),
+    y=jnp.ones((64, 2)), noise_std=0.3, **ramp,
+  )(x, t) - PRIOR(VP)(x, t)  # fmt: skip
+  alpha, sigma = (np.asarray(v)[:, None] for v in VP.marginal(t))
+  weight = alpha**2 / (alpha**2 + 0.25 * sigma**2)
+  assert weight[0] > 0.99 and weight[-1] < 1e-3
+  np.testing.assert_allclose(
+    guided(ramp=0.5), weight * guided(), rtol=1e-3, atol=1e-4
+  )
+
+
 @pytest.mark.parametrize('sde', [VE, VP, SUBVP], ids=name)
 def test_guidance_scales(sde):
   """0 and 1 are the two scores; between and beyond it is linear."""
