@@ -1,8 +1,7 @@
 """`--mode sample` under config.control, with networks of a few channels."""
 
-import pathlib
-
 import jax
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
@@ -14,11 +13,10 @@ import datasets
 import eval_lib
 import evaluation
 import experiment
+import losses
 import run_lib
-from configs.base import classifier
+from configs import base
 from tests import tiny
-
-ROOT = pathlib.Path(__file__).parents[1]
 
 
 def get_config(**overrides):
@@ -32,7 +30,7 @@ def get_config(**overrides):
 def classifier_config():
   config = tiny.get_config(training__n_iters=2)
   with config.unlocked():
-    classifier(config)
+    base.classifier(config)
     config.model.update(blocks_per_group=1, channel_multiplier=1)
     config.training.update(n_iters=2, checkpoint_freq=2, eval_freq=2)
   return config.lock()
@@ -203,3 +201,53 @@ def test_classifier_trains_evaluates_guides_and_travels(
   config.control.classifier_workdir = str(workdir)
   with pytest.raises(ValueError, match='no run of a classifier'):
     control_lib.load_classifier(config)
+
+
+def test_a_network_told_the_class_makes_the_class():
+  """Trained on three classes of points; no class gives all of them."""
+  config = base.compose(
+    base.vp, base.mlp,
+    {
+      'data.dims': 2, 'model.num_labels': 3, 'model.input_scale': 0.0,
+      'training.label_dropout': 0.2, 'sampling.num_steps': 60,
+    },
+  )  # fmt: skip
+  means = jnp.float32([[1.0, 0.0], [-1.0, 1.0], [-1.0, -1.0]])
+  params = experiment.init_params(config, jax.random.key(0))
+  loss_fn = experiment.make_loss_fn(config, train=True)
+  optimizer = losses.make_optimizer(
+    lr=5e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, warmup=20,
+    grad_clip=1.0,
+  )  # fmt: skip
+
+  def step(state, i):
+    params, opt_state = state
+    rng = jax.random.fold_in(jax.random.key(1), i)
+    label = jax.random.randint(rng, (256,), 0, 3)
+    points = means[label] + 0.2 * jax.random.normal(rng, (256, 2))
+    loss = lambda p: loss_fn(p, rng, {'image': points, 'label': label}).mean()
+    updates, opt_state = optimizer.update(
+      jax.grad(loss)(params), opt_state, params
+    )
+    params = jax.tree.map(jnp.add, params, updates)
+    return (params, opt_state), None
+
+  train = jax.jit(lambda s: jax.lax.scan(step, s, jnp.arange(600))[0])
+  params, _ = train((params, optimizer.init(params)))
+
+  config.sampling.eps = 1e-3
+  label = jnp.arange(600) % 3
+  x = jax.jit(experiment.make_sampler(config, 600))(
+    params, jax.random.key(2), label=label
+  )[0]
+  x = 2 * np.asarray(x) - 1  # points are not scaled
+  nearest = np.argmin(((x[:, None] - means[None]) ** 2).sum(-1), 1)
+  assert np.mean(nearest == label) > 0.97
+  config.control.scale = 0.0
+  free = jax.jit(experiment.make_sampler(config, 600))(
+    params, jax.random.key(2)
+  )[0]
+  free = 2 * np.asarray(free) - 1
+  nearest = np.argmin(((free[:, None] - means[None]) ** 2).sum(-1), 1)
+  share = np.bincount(nearest, minlength=3) / 600
+  np.testing.assert_allclose(share, 1 / 3, atol=0.12)
