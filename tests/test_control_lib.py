@@ -12,6 +12,7 @@ import controllable_generation
 import datasets
 import eval_lib
 import evaluation
+import exchange
 import experiment
 import losses
 import run_lib
@@ -175,9 +176,9 @@ def test_classifier_trains_evaluates_guides_and_travels(
   assert all(name in table for name in experiment.ACCURACIES)
 
   file = tmp_path / 'classifier.safetensors'
-  run_lib.export(theirs, classifier_run, file)
+  exchange.export(theirs, classifier_run, file)
   imported = tmp_path / 'imported'
-  run_lib.import_released(theirs, imported, file)
+  exchange.import_released(theirs, imported, file)
   like = experiment.abstract_params(theirs)
   jax.tree.map(
     np.testing.assert_array_equal,
