@@ -7,7 +7,6 @@ and draw original, measurement and reconstructions side by side.
 
 import functools
 import json
-import math
 import pathlib
 
 import jax
@@ -226,14 +225,7 @@ def _draw(config, workdir, wrap, count, split, everywhere):
     split: what `wrap` is given for each sample, numpy arrays [count, ...].
     everywhere: what it is given for all, a pytree.
   """
-  devices, layout = jax.device_count(), run_lib.make_layout()
-  batch = min(config.eval.batch_size, math.ceil(count / devices) * devices)
-  run_lib.check_divisible(batch, 'config.eval.batch_size')
-  with checkpoints.Checkpoints(workdir) as saved:
-    step = saved.select(config.eval.checkpoint)[-1]
-    checkpoints.claim_workdir(config, workdir, write=False)
-    like = run_lib.replicated(experiment.abstract_params(config), layout)
-    params = saved.restore(step, like, 'ema')
+  step, params, layout, batch = run_lib.restore(config, workdir, count)
   sample = experiment.make_sampler(config, batch, wrap=wrap)
   # The rows of what is given lie on the devices of their samples.
   make = jax.jit(
