@@ -499,7 +499,7 @@ def test_released_checkpoint_becomes_a_run(tmp_path):
   like = run_lib.replicated(like, layout)
   with checkpoints.Checkpoints(tmp_path / 'run') as saved:
     assert saved.steps == [3]
-    state = saved.restore(3, run_lib._without_ema(like), 'state')
+    state = saved.restore(3, run_lib.without_ema(like), 'state')
     tree_equal(saved.restore(3, like.ema, 'ema'), found.ema_params)
   assert int(state['step']) == 3
   tree_equal(state['params'], found.params)
