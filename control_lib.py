@@ -244,10 +244,7 @@ def _draw(config, workdir, wrap, count, split, everywhere):
     rows = {key: spread(value[members]) for key, value in split.items()}
     rng = jax.random.fold_in(jax.random.key(config.seed), start // batch)
     x, nfe, success = make(params, rng, rows, everywhere)
-    if not success:
-      raise FloatingPointError(
-        'The ODE solver failed; larger config.sampling.rtol and atol may help.'
-      )
+    run_lib.check_success(config, success)
     x = np.asarray(x)
     if not np.all(np.abs(x) < DIVERGED):  # Nor is a NaN below it.
       raise FloatingPointError(

@@ -130,16 +130,6 @@ def bits_per_dim(config, params, dataset, layout, folder):
 # ------------------------------------------------------------------ samples
 
 
-def _check_success(config, success):
-  """Raises if an adaptive solver did not arrive; the others always do."""
-  if not success:
-    kind = 'sde_' if config.sampling.method == 'adaptive_sde' else ''
-    raise FloatingPointError(
-      f'The solver {config.sampling.method!r} did not reach t = eps; larger '
-      f'config.sampling.{kind}rtol and {kind}atol may help.'
-    )
-
-
 def _local(array):
   """This host's rows of an array split along axis 0."""
   shards = {s.index[0].start or 0: s.data for s in array.addressable_shards}
@@ -185,7 +175,7 @@ def _make_batches(config, params, layout, folder, extract):
     if not _all_have(path):
       rng = jax.random.fold_in(jax.random.key(config.seed), number)
       images, nfe, success = sample(params, rng)
-      _check_success(config, success)
+      run_lib.check_success(config, success)
       images = datasets.to_uint8(_local(images), config.sampling.rounding)
       evaluation.save_npz(path, images=images, nfe=np.asarray(nfe))
     scored = _feature_file(folder, name, extract)
@@ -449,7 +439,7 @@ def sample(config, workdir):
   for number in range(math.ceil(count / batch)):
     rng = jax.random.fold_in(jax.random.key(config.seed), number)
     x, nfe, success, *way = make(params, rng)
-    _check_success(config, success)
+    run_lib.check_success(config, success)
     samples.append(experiment.to_data(config, x))
     if way and not film:
       film = {'frames': np.asarray(way[0]), 'frame_times': np.asarray(way[1])}

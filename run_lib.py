@@ -492,3 +492,13 @@ def make_sample(config, layout, batch_size, *, frames=0):
     in_shardings=(layout.replicated, None),
     out_shardings=layout.replicated,
   )
+
+
+def check_success(config, success):
+  """Raises if an adaptive solver did not arrive; the others always do."""
+  if not success:
+    kind = 'sde_' if config.sampling.method == 'adaptive_sde' else ''
+    raise FloatingPointError(
+      f'The solver {config.sampling.method!r} did not reach t = eps; larger '
+      f'config.sampling.{kind}rtol and {kind}atol may help.'
+    )

@@ -16,6 +16,7 @@ import experiment
 import likelihood
 import plots
 import reporting
+import run_lib
 import toy_data
 
 
@@ -53,10 +54,7 @@ def _draw(config, params, count):
   for number in range(-(-count // batch)):
     rng = jax.random.fold_in(jax.random.key(config.seed), number)
     x, nfe, success = sample(params, rng)
-    if not success:
-      raise FloatingPointError(
-        'The ODE solver failed; larger config.sampling.rtol and atol may help.'
-      )
+    run_lib.check_success(config, success)
     points.append(experiment.to_data(config, x))
   return np.concatenate(points)[:count], float(nfe)
 

@@ -455,7 +455,7 @@ def test_a_solver_that_fails_says_what_may_help(run, method, key):
   config = run[0].copy_and_resolve_references()
   config.sampling.method = method
   with pytest.raises(FloatingPointError, match=f'sampling.{key}'):
-    eval_lib._check_success(config, False)
+    run_lib.check_success(config, False)
 
 
 def test_export_and_import_are_a_round_trip(run, tmp_path):
