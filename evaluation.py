@@ -16,13 +16,12 @@ FID falls as samples grow in number, so every result carries its count.
 
 import dataclasses
 import os
-import tempfile
 import warnings
-import zipfile
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
+
+from runtime.files import load_npz, save_npz
 
 # Below this, FID depends more on the count than on the samples.
 ENOUGH_SAMPLES = 10_000
@@ -397,31 +396,3 @@ def density_coverage(
 
 
 # --- Files --------------------------------------------------------------------
-
-
-def save_npz(path: str | os.PathLike, **arrays: Any) -> None:
-  """Writes an .npz, whole or not at all."""
-  folder = os.path.dirname(os.path.abspath(path))
-  os.makedirs(folder, exist_ok=True)
-  with tempfile.NamedTemporaryFile(
-    dir=folder, suffix='.part', delete=False
-  ) as file:
-    try:
-      np.savez(file, **arrays)
-      file.flush()
-      os.fsync(file.fileno())
-      os.replace(file.name, path)
-    except BaseException:
-      os.unlink(file.name)
-      raise
-
-
-def load_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
-  """Reads all arrays of an .npz; a damaged one is a ValueError."""
-  try:
-    with np.load(path, allow_pickle=False) as file:
-      return dict(file)
-  except FileNotFoundError:
-    raise FileNotFoundError(f'There is no file {path}.') from None
-  except (ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile) as e:
-    raise ValueError(f'{path} is not a readable .npz file: {e}') from None

@@ -20,18 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 
 import controllable_generation
-import datasets
-import grids
 import likelihood
 import losses
 import models
-import predictors
 import sampling
 import score_matching
 import sde_lib
-import solvers
-import toy_data
+from data import datasets, toy
 from models import score
+from solvers import grids, plans, predictors
 
 
 def load_config(path):
@@ -171,7 +168,7 @@ def make_loss_fn(config, *, train):
       score_matching.score_matching_loss, objective=training.objective
     )
   if training.objective == 'explicit':
-    known = toy_data.DISTRIBUTIONS
+    known = toy.DISTRIBUTIONS
     data_law = _choose(known, data.dataset, 'data.dataset')
     objective = functools.partial(objective, target=data_law.score_fn(sde))
 
@@ -311,8 +308,8 @@ def make_sampler(config, batch_size, *, wrap=None, frames=0):
   sampling.check_frames(frames)
   options = config.sampling.to_dict() | {'frames': frames}
   options |= _predictor_corrector(config.sampling)
-  if method in solvers.SOLVERS:
-    solver = solvers.SOLVERS[method]
+  if method in plans.SOLVERS:
+    solver = plans.SOLVERS[method]
     bound = _options_of(solver, options)
     options['solver'] = functools.partial(solver, **bound)
   sampler = functools.partial(sampler, **_options_of(sampler, options))

@@ -19,7 +19,7 @@ import typing
 import jax
 import jax.numpy as jnp
 
-import ode
+from solvers import ode
 
 
 class Likelihood(typing.NamedTuple):

@@ -39,31 +39,27 @@ flags.mark_flags_as_required(['config', 'workdir', 'mode'])
 
 
 def run():
-  import control_lib
-  import eval_lib
-  import exchange
-  import latent
-  import references
   import run_lib
+  from commands import control, encode, evaluate, exchange, stats
 
   config, workdir = FLAGS.config, FLAGS.workdir
   match FLAGS.mode:
     case 'train':
       run_lib.train(config, workdir)
     case 'eval' if FLAGS.samples:
-      eval_lib.evaluate_images(
+      evaluate.evaluate_images(
         config, workdir, FLAGS.samples, FLAGS.eval_folder
       )
     case 'eval':
-      eval_lib.evaluate(config, workdir, FLAGS.eval_folder)
+      evaluate.evaluate(config, workdir, FLAGS.eval_folder)
     case 'sample' if config.control.name:
-      control_lib.sample(config, workdir)
+      control.sample(config, workdir)
     case 'sample':
-      eval_lib.sample(config, workdir)
+      evaluate.sample(config, workdir)
     case 'encode':
-      latent.encode(config, workdir)
+      encode.encode(config, workdir)
     case 'stats':
-      references.stats(config, workdir)
+      stats.stats(config, workdir)
     case 'import':
       exchange.import_released(config, workdir, FLAGS.checkpoint)
     case 'export':

@@ -17,14 +17,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
-import checkpoints
-import datasets
 import experiment
 import losses
-import reporting
+from checkpoints.workdir import Checkpoints, claim_workdir
+from data import datasets
+from reporting.pictures import save_samples
+from runtime.devices import (
+  Layout,
+  check_divisible,
+  make_layout,
+  replicated,
+  to_global,
+)
+from runtime.progress import Log, Progress, say
 
 # Images of the test set whose loss is logged in training, with fixed noise.
 EVAL_IMAGES = 1024
@@ -45,54 +51,6 @@ class TrainState(typing.NamedTuple):
   params: typing.Any
   opt_state: typing.Any
   ema: typing.Any
-
-
-class Layout(typing.NamedTuple):
-  """Where arrays live."""
-
-  replicated: NamedSharding  # The same on every device.
-  split: NamedSharding  # Axis 0 split: [B, ...].
-  one_step: NamedSharding  # Axis 1 split: [parts, B, ...].
-  microbatches: NamedSharding  # Axis 2 split: [steps, parts, B, ...].
-
-
-def make_layout():
-  """The 1-D mesh of all devices of all hosts, and the shardings over it."""
-  mesh = jax.make_mesh((jax.device_count(),), ('data',), (AxisType.Auto,))
-  return Layout(
-    NamedSharding(mesh, P()),
-    NamedSharding(mesh, P('data')),
-    NamedSharding(mesh, P(None, 'data')),
-    NamedSharding(mesh, P(None, None, 'data')),
-  )
-
-
-def check_divisible(batch_size, key):
-  """Raises a ValueError unless the batch divides by the devices."""
-  devices = jax.device_count()
-  if batch_size % devices:
-    better = math.ceil(batch_size / devices) * devices
-    raise ValueError(
-      f'{key}={batch_size} does not divide by the {devices} devices: '
-      f'use {better}, say.'
-    )
-
-
-def to_global(sharding, local):
-  """Global arrays of which this host holds `local`, a pytree of numpy's."""
-  return jax.tree.map(
-    lambda v: jax.make_array_from_process_local_data(sharding, v), local
-  )
-
-
-def replicated(like, layout):
-  """Shapes and dtypes, to be restored onto every device."""
-  return jax.tree.map(
-    lambda v: jax.ShapeDtypeStruct(
-      v.shape, v.dtype, sharding=layout.replicated
-    ),
-    like,
-  )
 
 
 # ---------------------------------------------------------------- training
@@ -328,14 +286,12 @@ def train(config, workdir):
   train_set = datasets.load(config.data, 'train')
   test_set = datasets.load(config.data, 'test')
   experiment.check_labels(config, train_set)
-  checkpoints.claim_workdir(config, workdir)
+  claim_workdir(config, workdir)
   layout = make_layout()
   init, place = make_init(config, layout)
 
   with (
-    checkpoints.Checkpoints(
-      workdir, keep_every=training.snapshot_freq
-    ) as saved,
+    Checkpoints(workdir, keep_every=training.snapshot_freq) as saved,
     _Interrupt() as interrupt,
   ):
     start = saved.last
@@ -348,9 +304,9 @@ def train(config, workdir):
       state = TrainState(
         **saved.restore(start, without_ema(like), 'state'), ema=ema
       )
-      reporting.say(f'Resuming at step {start}.')
+      say(f'Resuming at step {start}.')
     if start >= training.n_iters:
-      reporting.say(f'Nothing to do: {start} of {training.n_iters} steps done.')
+      say(f'Nothing to do: {start} of {training.n_iters} steps done.')
       return
 
     train_steps = make_train_steps(config, layout)
@@ -358,7 +314,7 @@ def train(config, workdir):
     if training.snapshot_sampling:
       sample = make_sample(config, layout, _snapshot_size(config))
     num_params = sum(v.size for v in jax.tree.leaves(state.params))
-    reporting.say(
+    say(
       f'{config.model.name}, {num_params / 1e6:.2f}M parameters, '
       f'{jax.device_count()} {jax.devices()[0].platform} device(s), '
       f'{len(train_set)} images of {train_set.name}; compiling.'
@@ -374,14 +330,12 @@ def train(config, workdir):
         limit=EVAL_IMAGES,
       )
 
-    progress = reporting.Progress(
-      'step', training.n_iters, 'steps', start=start
-    )
+    progress = Progress('step', training.n_iters, 'steps', start=start)
     fetched = datasets.prefetch(
       make_fetch(config, train_set),
       call_starts(start, training.n_iters, training.n_jitted_steps),
     )
-    with reporting.Log(workdir, resumed_at=start) as log:
+    with Log(workdir, resumed_at=start) as log:
       clock, clock_step = time.monotonic(), start
       for before, batches in fetched:
         state, step_losses = train_steps(
@@ -393,7 +347,7 @@ def train(config, workdir):
         _check_finite(step_losses, before + 1, saved.last)
         if before == start:
           waited = time.monotonic() - begun
-          reporting.say(f'First step done after {waited:.1f} s.')
+          say(f'First step done after {waited:.1f} s.')
           clock, clock_step = time.monotonic(), step
 
         due = lambda freq, step=step: step % freq == 0
@@ -425,11 +379,11 @@ def train(config, workdir):
           images, _, _ = sample(state.ema, jax.random.key(config.seed))
           if jax.process_index() == 0:
             path = workdir / 'samples' / f'step_{step}.png'
-            reporting.save_samples(path, experiment.to_data(config, images))
-            reporting.say(f'Samples are in {path}.')
+            save_samples(path, experiment.to_data(config, images))
+            say(f'Samples are in {path}.')
         if stopping:
           saved.wait()
-          reporting.say(f'Stopped by SIGTERM; step {step} is saved.')
+          say(f'Stopped by SIGTERM; step {step} is saved.')
           break
       saved.wait()
 
@@ -474,9 +428,9 @@ def restore(config, workdir, count) -> Run:
   batch = min(config.eval.batch_size, math.ceil(count / devices) * devices)
   check_divisible(batch, 'config.eval.batch_size')
   layout = make_layout()
-  with checkpoints.Checkpoints(workdir) as saved:
+  with Checkpoints(workdir) as saved:
     step = saved.select(config.eval.checkpoint)[-1]
-    checkpoints.claim_workdir(config, workdir, write=False)
+    claim_workdir(config, workdir, write=False)
     like = replicated(experiment.abstract_params(config), layout)
     return Run(step, saved.restore(step, like, 'ema'), layout, batch)
 

@@ -18,12 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import adaptive_sde
-import langevin
-import ode
 import sde_lib
-import solvers
-from grids import time_grid
+from solvers import adaptive_sde, langevin, ode, plans
+from solvers.grids import time_grid
 
 
 class Samples(typing.NamedTuple):
@@ -221,14 +218,14 @@ def plan_sample(
 
   Args:
     rng, score_fn, sde, z, eps, grid, rho, frames: as `pc_sample`.
-    solver: (sde, t) -> Plan: an entry of `solvers.SOLVERS`, its options bound.
+    solver: (sde, t) -> Plan: an entry of `plans.SOLVERS`, its options bound.
     num_steps: times of the grid; one less is the number of steps.
     final_denoise: whether to end in the mean of x_0 given x_eps.
   """
   t = time_grid(sde, num_steps, eps, grid=grid, rho=rho)
   plan = solver(sde, t)
   if final_denoise:
-    plan = solvers.with_denoising(plan, t[-1])
+    plan = plans.with_denoising(plan, t[-1])
   x, film, times = carry_out(
     plan,
     rng,
@@ -246,7 +243,7 @@ def carry_out(plan, rng, score_fn, sde, z, *, noisy, end, frames=0):
   """Does what a plan says, from z on.
 
   Args:
-    plan: a `solvers.Plan`.
+    plan: a `plans.Plan`.
     rng, score_fn, sde, z, frames: as `pc_sample`.
     noisy: whether the plan has noise.
     end: time of the result.
@@ -459,7 +456,7 @@ SAMPLERS = {
   'annealed_langevin': annealed_sample,
   **{
     name: functools.partial(plan_sample, solver=solver)
-    for name, solver in solvers.SOLVERS.items()
+    for name, solver in plans.SOLVERS.items()
   },
 }
 

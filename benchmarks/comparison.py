@@ -102,11 +102,10 @@ def torch_fidelity_network(arrays):
 
 def our_network(path, variant):
   """(uint8 NHWC, batch_size) -> [N, 2048] by this project."""
-  import features
-  from models import inception_weights
+  from features import statistics, weights
 
-  extract = features.FeatureExtractor(
-    inception_weights.load_weights(path), variant=variant
+  extract = statistics.FeatureExtractor(
+    weights.load_weights(path), variant=variant
   )
   return lambda images, batch_size: extract(images)['pool_3']
 
@@ -115,10 +114,10 @@ def networks(path):
   """{name: extract} of all that are installed."""
   if not installed('jax'):
     return {}
-  from models import inception_weights
+  from features import weights
 
-  path = path or inception_weights.find_weights()
-  arrays = inception_weights.read_arrays(pathlib.Path(path))
+  path = path or weights.find_weights()
+  arrays = weights.read_arrays(pathlib.Path(path))
   found = {
     f'ours_{variant}': our_network(path, variant)
     for variant in ('tensorflow', 'pytorch_fid')
@@ -141,9 +140,9 @@ def read_set(where, count):
       return file[key or file.files[0]][:count]
   from PIL import Image
 
-  import data_sources
+  from data import sources
 
-  files = data_sources.image_files(pathlib.Path(path))[:count]
+  files = sources.image_files(pathlib.Path(path))[:count]
   return np.stack(
     [
       np.asarray(Image.open(pathlib.Path(path, f)).convert('RGB'))

@@ -18,9 +18,8 @@ import numpy as np
 import scipy.linalg
 
 import evaluation
-import features
 from benchmarks import comparison
-from models import inception_weights
+from features import statistics, weights
 
 
 def fastest(functions, rounds):
@@ -40,16 +39,16 @@ def time_features(args):
   rng = np.random.default_rng(0)
   shape = (args.images, args.resolution, args.resolution, 3)
   images = rng.integers(0, 256, shape, np.uint8)
-  path = args.weights or inception_weights.find_weights()
-  params = inception_weights.load_weights(path)
+  path = args.weights or weights.find_weights()
+  params = weights.load_weights(path)
   theirs = None
   if comparison.installed('torch', 'pytorch_fid'):
-    arrays = inception_weights.read_arrays(pathlib.Path(path))
+    arrays = weights.read_arrays(pathlib.Path(path))
     theirs = comparison.pytorch_fid_network(arrays)
   print(f'\nInception features of {args.images} images')
   print('                  batch   images/s  images/CPU s')
   for size in args.batch_sizes:
-    extract = features.FeatureExtractor(
+    extract = statistics.FeatureExtractor(
       params, variant='pytorch_fid', batch_size=size
     )
     functions = {'ours': lambda extract=extract: extract(images)['pool_3']}

@@ -18,7 +18,7 @@ import numpy as np
 from flax import serialization
 
 import experiment
-import released
+from checkpoints import formats
 
 
 def write_checkpoint(path, config_path):
@@ -54,7 +54,7 @@ def main():
       child.start()
       child.join()
     start = time.perf_counter()
-    loaded = released.load(path, config)
+    loaded = formats.load(path, config)
     seconds = time.perf_counter() - start
     size = path.stat().st_size
   peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

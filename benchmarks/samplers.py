@@ -14,11 +14,10 @@ import jax
 import matplotlib
 import numpy as np
 
-import predictors
-import reporting
 import sampling
 import sde_lib
-import solvers
+from runtime.progress import say
+from solvers import plans, predictors
 from tests.exact import MIXTURE
 
 matplotlib.use('Agg')
@@ -83,12 +82,12 @@ def variants():
     )
     for tolerance in (1.0, 0.5, 0.2, 0.1, 0.05, 0.02)
   ]
-  fast = {name: {} for name in solvers.SOLVERS}
+  fast = {name: {} for name in plans.SOLVERS}
   fast['heun, s_churn=20'] = {'s_churn': 20.0}
   fast['unipc, order=3'] = {'order': 3}
   for label, options in fast.items():
     name = label.partition(',')[0]
-    solver = functools.partial(solvers.SOLVERS[name], **options)
+    solver = functools.partial(plans.SOLVERS[name], **options)
     found[label] = [
       functools.partial(
         sampling.SAMPLERS[name],
@@ -187,7 +186,7 @@ def main():
   results = {name: measure(*case) for name, case in SDES.items()}
   draw(DOCS / 'samplers.png', results, floor)
   (DOCS / 'samplers.md').write_text(table(results, floor))
-  reporting.say(f'Written: {DOCS}/samplers.md and .png.')
+  say(f'Written: {DOCS}/samplers.md and .png.')
 
 
 if __name__ == '__main__':

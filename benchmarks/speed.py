@@ -11,6 +11,8 @@ last, the same as one line of JSON. One host; all of its devices.
 # ruff: noqa: E402 (imports are part of the time to the first step)
 import time
 
+from runtime.devices import check_divisible, make_layout, to_global
+
 BEGUN = time.perf_counter()
 
 import json
@@ -75,7 +77,7 @@ def time_training(config, layout, steps):
     'image': np.zeros(experiment.image_shape(config, size), dtype),
     'label': np.zeros(size, np.int32),
   }
-  batches = run_lib.to_global(
+  batches = to_global(
     layout.microbatches,
     {k: np.broadcast_to(v, (n, parts, *v.shape)) for k, v in batch.items()},
   )
@@ -135,12 +137,12 @@ def main(argv):
   config = FLAGS.config
   try:
     experiment.check(config)
-    run_lib.check_divisible(
+    check_divisible(
       config.training.batch_size // config.training.grad_accumulation,
       'config.training.batch_size (divided by grad_accumulation)',
     )
-    run_lib.check_divisible(FLAGS.sampling_batch, '--sampling_batch')
-    layout = run_lib.make_layout()
+    check_divisible(FLAGS.sampling_batch, '--sampling_batch')
+    layout = make_layout()
     training, ema = time_training(config, layout, FLAGS.steps)
     where, after_training = peak_memory()
     sampling = time_sampling(

@@ -25,7 +25,7 @@ from flax import traverse_util
 
 import models
 
-DATA = pathlib.Path(__file__).parent / 'data'
+DATA = pathlib.Path(__file__).parents[0] / 'arrays'
 
 _TINY = {
   'nf': 16,

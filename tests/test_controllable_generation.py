@@ -9,10 +9,9 @@ import pytest
 
 import controllable_generation as control
 import losses
-import predictors
 import sampling
 import sde_lib
-import solvers
+from solvers import plans, predictors
 from tests.exact import Mixture
 
 VE = sde_lib.VESDE(sigma_max=10.0)
@@ -76,7 +75,7 @@ def ode(rng, score_fn, sde, z):
 
 def fast(rng, score_fn, sde, z):
   return sampling.plan_sample(
-    rng, score_fn, sde, z, solver=solvers.SOLVERS['dpmpp_2m'],
+    rng, score_fn, sde, z, solver=plans.SOLVERS['dpmpp_2m'],
     num_steps=50, eps=1e-3, grid='log_snr',
   )  # fmt: skip
 

@@ -12,12 +12,10 @@ import pytest
 
 import likelihood
 import losses
-import ode
-import predictors
 import sampling
 import sde_lib
-import solvers
 from models import score as score_lib
+from solvers import ode, plans, predictors
 from tests import golden
 
 # (process, conditioning) of each case.
@@ -223,8 +221,8 @@ def test_codes(case):
 @pytest.mark.parametrize(
   'case,solver,num_steps',
   [
-    ('ve_ncsnpp_continuous', solvers.unipc, 150),
-    ('vp_ddpmpp_continuous', solvers.dpmpp_2m, 500),
+    ('ve_ncsnpp_continuous', plans.unipc, 150),
+    ('vp_ddpmpp_continuous', plans.dpmpp_2m, 500),
   ],
 )
 def test_fast_solvers_reach_the_ode_sample(case, solver, num_steps):

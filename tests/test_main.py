@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from absl import app, flags
 
+from checkpoints.workdir import Checkpoints
 from tests import golden, tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -212,27 +213,26 @@ def test_import_needs_a_file_and_a_new_workdir(call, trained, tmp_path):
 
 def test_import_that_dies_leaves_no_workdir(call, tmp_path, monkeypatch):
   """Killed when the checkpoint was saved, and repeated."""
-  import checkpoints
-  import exchange
   import experiment
-  import released
+  from checkpoints import formats
+  from commands import exchange
 
   config, workdir = tiny.get_config(), tmp_path / 'run'
   like = experiment.abstract_params(config)
   params = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), like)
-  released.export(tmp_path / 'model', config, params)
+  formats.export(tmp_path / 'model', config, params)
 
   def die(self):
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(checkpoints.Checkpoints, 'wait', die)
+    patch.setattr(Checkpoints, 'wait', die)
     with pytest.raises(KeyboardInterrupt):
       exchange.import_released(config, workdir, tmp_path / 'model')
   assert not workdir.exists()
   exchange.import_released(config, workdir, tmp_path / 'model')
   assert {p.name for p in tmp_path.iterdir()} == {'model', 'run'}
-  with checkpoints.Checkpoints(workdir) as saved:
+  with Checkpoints(workdir) as saved:
     assert saved.steps == [0]
 
 
@@ -251,7 +251,8 @@ def test_export_that_diffusers_cannot_represent(call, trained, tmp_path):
 
 def test_no_tensorflow():
   program = (
-    'import sys, main, run_lib, datasets, checkpoints, evaluation; '
+    'import sys, main, run_lib, evaluation; '
+    'from checkpoints import workdir; from data import datasets; '
     'sys.exit(any(name.split(".")[0] in ("tensorflow", "torch") '
     'for name in sys.modules))'
   )

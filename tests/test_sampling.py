@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import grids
-import predictors
 import sampling
 import sde_lib
+from solvers import grids, predictors
 from tests.exact import GAUSSIAN, MIXTURE, Mixture
 
 SDES = [

@@ -16,7 +16,7 @@ import experiment
 import losses
 import score_matching
 import sde_lib
-import toy_data
+from data import toy
 
 N = 40_000
 MEAN = np.array([0.5, -1.0])
@@ -26,7 +26,7 @@ SIGMA = 0.6
 quickly = functools.partial(
   jax.jit, compiler_options={'xla_backend_optimization_level': 0}
 )
-RINGS = toy_data.DISTRIBUTIONS['toy/rings']
+RINGS = toy.DISTRIBUTIONS['toy/rings']
 
 
 @functools.cache
@@ -216,7 +216,7 @@ def test_an_energy_trains_with_each(name):
   config.model.nf = 32
   with config.unlocked():
     config.sde.update(sigma_min=1.0, sigma_max=10.0)
-  law = toy_data.DISTRIBUTIONS['toy/mixture']
+  law = toy.DISTRIBUTIONS['toy/mixture']
   sde = experiment.make_sde(config)
   loss_fn = experiment.make_loss_fn(config, train=True)
   optimizer = experiment.make_optimizer(config)

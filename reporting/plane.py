@@ -1,0 +1,83 @@
+"""Pictures of the plane: densities, score fields, points and paths.
+
+Each function draws into axes `ax` of matplotlib; `canvas` makes them and writes
+the file, whole or not at all.
+"""
+
+import contextlib
+
+import numpy as np
+
+from reporting.pictures import pyplot, save_figure
+
+DENSITY, POINTS, PATHS = 'Blues', '#d1495b', '#f4a259'
+
+
+@contextlib.contextmanager
+def canvas(path, rows, columns, *, size=3.2, **options):
+  """Axes [rows, columns], whose figure is written to path at the end."""
+  plt = pyplot()
+  figure, axes = plt.subplots(
+    rows,
+    columns,
+    figsize=(size * columns, size * rows),
+    squeeze=False,
+    **options,
+  )
+  try:
+    yield axes
+    save_figure(path, figure)
+  finally:
+    plt.close(figure)
+
+
+def grid(half, n):
+  """Points [n * n, 2] of a square grid over [-half, half]^2, float32."""
+  edge = np.linspace(-half, half, n, dtype=np.float32)
+  return np.stack(np.meshgrid(edge, edge), axis=-1).reshape(-1, 2)
+
+
+def frame(ax, half, title=''):
+  """Shows the square [-half, half]^2, without ticks."""
+  ax.set(xlim=(-half, half), ylim=(-half, half), aspect='equal', title=title)
+  ax.set(xticks=[], yticks=[])
+
+
+def density(ax, half, values):
+  """Values [n * n] of a density at the points of `grid`, dark where large."""
+  n = round(np.sqrt(len(values)))
+  ax.imshow(
+    np.reshape(values, (n, n)),
+    extent=(-half, half, -half, half),
+    origin='lower',
+    cmap=DENSITY,
+    # The corners of a density with jumps or peaks would hide the rest.
+    vmin=0,
+    vmax=np.quantile(values, 0.995),
+    interpolation='bilinear',
+  )
+
+
+def field(ax, x, score, *, longest=None, color='#333333'):
+  """Arrows of a score [N, 2] at x [N, 2]; long ones are cut to `longest`."""
+  norm = np.linalg.norm(score, axis=1, keepdims=True)
+  longest = longest or np.quantile(norm, 0.9)
+  score = score * np.minimum(1, longest / np.maximum(norm, 1e-9))
+  ax.quiver(*x.T, *score.T, color=color, width=0.004, scale=22 * longest)
+
+
+def scatter(ax, x, *, color=POINTS, size=3, alpha=0.5):
+  ax.scatter(*np.asarray(x).T, s=size, alpha=alpha, c=color, linewidths=0)
+
+
+def paths(ax, x, *, color=PATHS):
+  """Paths x [F, N, 2] of N points, with their ends."""
+  for path in np.swapaxes(x, 0, 1):
+    ax.plot(*path.T, color=color, lw=0.8, alpha=0.7)
+  scatter(ax, x[-1], size=8, alpha=1.0)
+
+
+def spread(n):
+  """n colours in order, to tell neighbouring paths apart."""
+  cmap = pyplot().get_cmap('autumn')
+  return [cmap(0.75 * i / max(n - 1, 1)) for i in range(n)]

@@ -1,0 +1,252 @@
+"""`--mode sample` under config.control, with networks of a few channels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+import pytest
+
+import controllable_generation
+import experiment
+import losses
+import run_lib
+from checkpoints.workdir import Checkpoints, claim_workdir, restore_ema
+from commands import control, evaluate, exchange
+from configs import base
+from data import datasets
+from runtime.files import load_npz
+from tests import tiny
+
+
+def get_config(**overrides):
+  """The tiny run, with a few test images; see `tiny.get_config`."""
+  few = {'control__num_images': 3, 'control__repeats': 2}
+  # Without a corrector the sampler is compiled in half the time.
+  few |= {'sampling__num_samples': 20, 'sampling__corrector': 'none'}
+  return tiny.get_config(**few | overrides)
+
+
+def classifier_config():
+  config = tiny.get_config(training__n_iters=2)
+  with config.unlocked():
+    base.classifier(config)
+    config.model.update(blocks_per_group=1, channel_multiplier=1)
+    config.training.update(n_iters=2, checkpoint_freq=2, eval_freq=2)
+  return config.lock()
+
+
+def untrained(config, workdir):
+  """A workdir of parameters as they are drawn."""
+  params = experiment.init_params(config, jax.random.key(0))
+  claim_workdir(config, workdir)
+  with Checkpoints(workdir, keep_every=1) as saved:
+    saved.save(1, {'params': params}, params)
+    saved.wait()
+  return workdir
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  return untrained(get_config(), tmp_path_factory.mktemp('model') / 'run')
+
+
+@pytest.fixture(scope='module')
+def classifier_run(tmp_path_factory):
+  """A classifier that was trained for two steps."""
+  folder = tmp_path_factory.mktemp('classifier') / 'run'
+  run_lib.train(classifier_config(), folder)
+  return folder
+
+
+def results(workdir, name):
+  """(arrays of the one .npz, its picture [H, W])."""
+  (path,) = (workdir / 'samples').glob(f'{name}-step_*.npz')
+  picture = np.asarray(PIL.Image.open(path.with_suffix('.png')))
+  return load_npz(path), picture
+
+
+# Overrides of config.control and the rest, and what the error must say.
+WRONG = [
+  ({'name': 'magic'}, 'none of'),
+  ({'name': 'labels'}, 'num_labels'),
+  ({'name': 'classifier'}, 'classifier_workdir'),
+  ({'name': 'inpaint', 'method': 'magic'}, 'none of'),
+  ({'name': 'deblur'}, "method to 'pigdm' or 'dps'"),
+  ({'name': 'inpaint', 'method': 'dps'}, 'above 0'),
+  ({'name': 'colorize'}, '3 channels'),
+  ({'name': 'super_resolution', 'factor': 3}, 'does not divide'),
+]
+
+
+@pytest.mark.parametrize(('changes', 'line'), WRONG)
+def test_check_says_what_to_change(changes, line, monkeypatch):
+  # The rest of the config has its own tests, and takes its time.
+  monkeypatch.setattr(experiment, 'check', lambda config: None)
+  config = get_config(**{f'control__{k}': v for k, v in changes.items()})
+  with pytest.raises(ValueError, match=line):
+    control.check(config)
+
+
+def test_check_of_samplers_and_points(monkeypatch):
+  monkeypatch.setattr(experiment, 'check', lambda config: None)
+  config = get_config(
+    control__name='inpaint', control__fresh_noise=True, sampling__method='ode'
+  )
+  with pytest.raises(ValueError, match='sampling.method=pc'):
+    control.check(config)
+  config = get_config(control__name='inpaint', data__dims=2)
+  with pytest.raises(ValueError, match='not points'):
+    control.check(config)
+
+
+def test_masks(tmp_path):
+  make = lambda **options: control.make_mask(
+    get_config(**{f'control__{k}': v for k, v in options.items()})
+  )
+  half, center = make(mask='half'), make(mask='center')
+  assert half[:, :4].all() and not half[:, 4:].any()
+  assert center.sum() == 48 and not center[2:6, 2:6].any()
+  share = make(mask='random', known=0.5).mean()
+  assert 0.25 < share < 0.75
+  drawn = np.zeros((8, 8), np.uint8)
+  drawn[:3] = 255
+  path = tmp_path / 'mask.png'
+  PIL.Image.fromarray(drawn).save(path)
+  np.testing.assert_array_equal(make(mask=str(path)), drawn > 0)
+  with pytest.raises(ValueError, match='nor an image file'):
+    make(mask='quarter')
+  with pytest.raises(ValueError, match='no pixel'):
+    make(mask='random', known=1.0)
+
+
+def test_inpainting_keeps_known_pixels(workdir):
+  config = get_config(control__name='inpaint')
+  control.sample(config, workdir)
+  arrays, picture = results(workdir, 'inpaint')
+  images, originals = arrays['images'], arrays['originals']
+  assert images.shape == (3, 2, 8, 8, 1) and images.dtype == np.uint8
+  first = datasets.load(config.data, 'test').fetch(np.arange(3))
+  np.testing.assert_array_equal(originals, first)
+  mask = control.make_mask(config)
+  known = np.broadcast_to(originals[:, None], images.shape)[:, :, mask]
+  np.testing.assert_array_equal(images[:, :, mask], known)
+  assert np.any(images[:, 0] != images[:, 1])
+  # A row is an original, its measurement and two reconstructions.
+  size = (picture.shape[1] + 2) // 4
+  scale = (size - 2) // 8
+  at = lambda i, j: picture[i * size :, j * size :][: 8 * scale, : 8 * scale]
+  for i in range(3):
+    shown = at(i, 0)[::scale, ::scale]
+    np.testing.assert_array_equal(shown, originals[i, ..., 0])
+    shown = at(i, 3)[::scale, ::scale]
+    np.testing.assert_array_equal(shown, images[i, 1, ..., 0])
+
+
+def test_samples_that_go_astray_are_an_error(workdir, monkeypatch):
+  config = get_config(control__name='inpaint', control__method='pigdm')
+  nowhere = lambda score_fn, sde, **_: lambda x, t: x * np.nan
+  methods = controllable_generation.METHODS
+  monkeypatch.setitem(methods, 'pigdm', nowhere)
+  with pytest.raises(FloatingPointError, match='config.control.ramp'):
+    control.sample(config, workdir)
+
+
+def test_samples_of_each_label(tmp_path):
+  config = get_config(control__name='labels', sampling__final_denoise=False)
+  with config.unlocked():
+    config.model.num_labels = 10
+  workdir = untrained(config.lock(), tmp_path / 'run')
+  control.sample(config, workdir)
+  arrays, _ = results(workdir, 'labels')
+  assert arrays['images'].shape == (20, 8, 8, 1)
+  np.testing.assert_array_equal(arrays['label'], np.arange(20) % 10)
+  config.control.label = 10
+  with pytest.raises(ValueError, match='no class of 10'):
+    control.sample(config, workdir)
+
+
+def test_classifier_trains_evaluates_guides_and_travels(
+  workdir, classifier_run, tmp_path
+):
+  theirs = classifier_config()
+  evaluate.evaluate(theirs, classifier_run)
+  table = (classifier_run / 'eval' / 'results.txt').read_text()
+  assert all(name in table for name in experiment.ACCURACIES)
+
+  file = tmp_path / 'classifier.safetensors'
+  exchange.export(theirs, classifier_run, file)
+  imported = tmp_path / 'imported'
+  exchange.import_released(theirs, imported, file)
+  like = experiment.abstract_params(theirs)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    restore_ema(imported, like),
+    restore_ema(classifier_run, like),
+  )
+
+  config = get_config(
+    control__name='classifier', control__label=7, control__scale=2.0,
+    sampling__final_denoise=False,
+  )  # fmt: skip
+  config.control.classifier_workdir = str(imported)
+  control.sample(config, workdir)
+  arrays, _ = results(workdir, 'classifier')
+  assert arrays['images'].shape == (20, 8, 8, 1)
+  assert set(arrays['label']) == {7}
+  with pytest.raises(ValueError, match='other noise'):
+    control.load_classifier(get_config(
+      control__classifier_workdir=str(imported), sde__sigma_max=9.0
+    ))  # fmt: skip
+  config.control.classifier_workdir = str(workdir)
+  with pytest.raises(ValueError, match='no run of a classifier'):
+    control.load_classifier(config)
+
+
+def test_a_network_told_the_class_makes_the_class():
+  """Trained on three classes of points; no class gives all of them."""
+  config = base.compose(
+    base.vp, base.mlp,
+    {
+      'data.dims': 2, 'model.num_labels': 3, 'model.input_scale': 0.0,
+      'training.label_dropout': 0.2, 'sampling.num_steps': 60,
+    },
+  )  # fmt: skip
+  means = jnp.float32([[1.0, 0.0], [-1.0, 1.0], [-1.0, -1.0]])
+  params = experiment.init_params(config, jax.random.key(0))
+  loss_fn = experiment.make_loss_fn(config, train=True)
+  optimizer = losses.make_optimizer(
+    lr=5e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, warmup=20,
+    grad_clip=1.0,
+  )  # fmt: skip
+
+  def step(state, i):
+    params, opt_state = state
+    rng = jax.random.fold_in(jax.random.key(1), i)
+    label = jax.random.randint(rng, (256,), 0, 3)
+    points = means[label] + 0.2 * jax.random.normal(rng, (256, 2))
+    loss = lambda p: loss_fn(p, rng, {'image': points, 'label': label}).mean()
+    updates, opt_state = optimizer.update(
+      jax.grad(loss)(params), opt_state, params
+    )
+    params = jax.tree.map(jnp.add, params, updates)
+    return (params, opt_state), None
+
+  train = jax.jit(lambda s: jax.lax.scan(step, s, jnp.arange(600))[0])
+  params, _ = train((params, optimizer.init(params)))
+
+  config.sampling.eps = 1e-3
+  label = jnp.arange(600) % 3
+  x = jax.jit(experiment.make_sampler(config, 600))(
+    params, jax.random.key(2), label=label
+  )[0]
+  x = 2 * np.asarray(x) - 1  # points are not scaled
+  nearest = np.argmin(((x[:, None] - means[None]) ** 2).sum(-1), 1)
+  assert np.mean(nearest == label) > 0.97
+  config.control.scale = 0.0
+  free = jax.jit(experiment.make_sampler(config, 600))(
+    params, jax.random.key(2)
+  )[0]
+  free = 2 * np.asarray(free) - 1
+  nearest = np.argmin(((free[:, None] - means[None]) ** 2).sum(-1), 1)
+  share = np.bincount(nearest, minlength=3) / 600
+  np.testing.assert_allclose(share, 1 / 3, atol=0.12)

@@ -1,0 +1,274 @@
+"""Every configuration of `configs/`: its size, its numbers, that it runs."""
+
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import experiment
+import models
+import sde_lib
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIGS = sorted(
+  str(path.relative_to(ROOT / 'configs').with_suffix(''))
+  for path in (ROOT / 'configs').glob('*/**/*.py')
+  if path.parent.name != 'toy'  # See test_toy.py.
+)
+# Millions of parameters of the models that the paper releases, and of NCSN++
+# without the Fourier features and their share of the first dense layer.
+MILLIONS = {
+  've/cifar10_ncsnpp_continuous': 62.76,
+  've/cifar10_ncsnpp_deep_continuous': 107.59,
+  've/cifar10_ncsnpp': 62.69,
+  'vp/cifar10_ncsnpp_continuous': 62.69,
+  'vp/cifar10_ddpmpp': 61.80,
+  'vp/cifar10_ddpmpp_continuous': 61.80,
+  'vp/cifar10_ddpmpp_deep_continuous': 106.63,
+  'subvp/cifar10_ddpmpp_continuous': 61.80,
+  'vp/cifar10_ddpmpp_conditional': 61.81,  # 11 label embeddings of 512
+  've/cifar10_classifier': 38.91,
+  'subvp/cifar10_ddpmpp_deep_continuous': 106.63,
+  'vp/ddpm/cifar10': 35.22,
+  'vp/ddpm/cifar10_continuous': 35.22,
+  'subvp/cifar10_ddpm_continuous': 35.22,
+  've/cifar10_ddpm': 35.22,
+  've/ffhq_256_ncsnpp_continuous': 65.57,
+  've/celebahq_256_ncsnpp_continuous': 65.57,
+  've/bedroom_ncsnpp_continuous': 65.57,
+  've/church_ncsnpp_continuous': 65.57,
+  've/ffhq_ncsnpp_continuous': 105.79,
+  've/celebahq_ncsnpp_continuous': 105.79,
+  'edm/cifar10_ddpmpp': 55.73,
+}
+# As released: sigma_max or beta_max, levels (0: continuous time), sampling
+# steps, signal-to-noise ratio, batch, thousands of iterations, EMA rate.
+RELEASED = {
+  'subvp/cifar10_ddpm_continuous': (20, 0, 1000, 0.16, 128, 1300, 0.9999),
+  'subvp/cifar10_ddpmpp_continuous': (20, 0, 1000, 0.16, 128, 1300, 0.9999),
+  'subvp/cifar10_ddpmpp_deep_continuous': (20, 0, 1000, 0.16, 128, 950, 0.9999),
+  'subvp/cifar10_ncsnpp_continuous': (20, 0, 1000, 0.16, 128, 1300, 0.9999),
+  'subvp/cifar10_ncsnpp_deep_continuous': (20, 0, 1000, 0.16, 128, 950, 0.9999),
+  've/bedroom_ncsnpp_continuous': (378, 0, 2000, 0.075, 64, 2400, 0.999),
+  've/celeba_ncsnpp': (90, 1000, 1000, 0.17, 128, 1300, 0.999),
+  've/celebahq_256_ncsnpp_continuous': (348, 0, 2000, 0.075, 64, 2400, 0.999),
+  've/celebahq_ncsnpp_continuous': (1348, 0, 2000, 0.15, 8, 2400, 0.9999),
+  've/church_ncsnpp_continuous': (380, 0, 2000, 0.075, 64, 2400, 0.999),
+  've/cifar10_ddpm': (50, 1000, 1000, 0.16, 128, 1300, 0.999),
+  've/cifar10_ncsnpp': (50, 1000, 1000, 0.16, 128, 1300, 0.999),
+  've/cifar10_ncsnpp_continuous': (50, 0, 1000, 0.16, 128, 950, 0.999),
+  've/cifar10_ncsnpp_deep_continuous': (50, 0, 1000, 0.16, 128, 950, 0.999),
+  've/ffhq_256_ncsnpp_continuous': (348, 0, 2000, 0.075, 64, 2400, 0.999),
+  've/ffhq_ncsnpp_continuous': (1348, 0, 2000, 0.15, 8, 2400, 0.9999),
+  've/ncsn/celeba': (1, 10, 10, 0.316, 128, 1300, 0.0),
+  've/ncsn/celeba_124': (90, 500, 500, 0.128, 128, 1300, 0.0),
+  've/ncsn/celeba_1245': (90, 500, 500, 0.128, 128, 1300, 0.999),
+  've/ncsn/celeba_5': (1, 10, 10, 0.316, 128, 1300, 0.999),
+  've/ncsn/cifar10': (1, 10, 10, 0.316, 128, 1300, 0.0),
+  've/ncsn/cifar10_124': (50, 232, 232, 0.176, 128, 1300, 0.0),
+  've/ncsn/cifar10_1245': (50, 232, 232, 0.176, 128, 1300, 0.999),
+  've/ncsn/cifar10_5': (1, 10, 10, 0.316, 128, 1300, 0.999),
+  've/ncsnv2/bedroom': (190, 1086, 1086, 0.095, 128, 2400, 0.9999),
+  've/ncsnv2/celeba': (90, 500, 500, 0.128, 128, 1300, 0.999),
+  've/ncsnv2/cifar10': (50, 232, 232, 0.176, 128, 1300, 0.999),
+  'vp/cifar10_ddpmpp': (20, 1000, 1000, 0.16, 128, 1300, 0.9999),
+  'vp/cifar10_ddpmpp_continuous': (20, 0, 1000, 0.16, 128, 1300, 0.9999),
+  'vp/cifar10_ddpmpp_deep_continuous': (20, 0, 1000, 0.16, 128, 950, 0.9999),
+  'vp/cifar10_ncsnpp': (20, 1000, 1000, 0.16, 128, 1300, 0.9999),
+  'vp/cifar10_ncsnpp_continuous': (20, 0, 1000, 0.16, 128, 1300, 0.9999),
+  'vp/cifar10_ncsnpp_deep_continuous': (20, 0, 1000, 0.16, 128, 950, 0.9999),
+  'vp/ddpm/bedroom': (20, 1000, 1000, 0.075, 64, 2400, 0.9999),
+  'vp/ddpm/celebahq': (20, 1000, 1000, 0.075, 64, 2400, 0.9999),
+  'vp/ddpm/church': (20, 1000, 1000, 0.075, 64, 2400, 0.9999),
+  'vp/ddpm/cifar10': (20, 1000, 1000, 0.16, 128, 1300, 0.9999),
+  'vp/ddpm/cifar10_continuous': (20, 0, 1000, 0.16, 128, 1300, 0.9999),
+  'vp/ddpm/cifar10_unconditional': (20, 1000, 1000, 0.16, 128, 1300, 0.9999),
+  'edm/cifar10_ddpmpp': (80, 0, 18, 0.16, 512, 390, 0.99929),
+  'edm/cifar10_ncsnpp': (80, 0, 18, 0.16, 512, 390, 0.99929),
+}
+
+
+def load(name):
+  return experiment.load_config(ROOT / 'configs' / f'{name}.py')
+
+
+def reduced(config):
+  """The config at 16 pixels and a few channels."""
+  with config.unlocked():
+    config.data.image_size = 16
+    config.training.batch_size = 2
+    # DDPM's GroupNorm has 32 groups.
+    if experiment.is_classifier(config):
+      config.model.update(blocks_per_group=1, channel_multiplier=1)
+      return config
+    config.model.nf = 32 if config.model.name == 'ddpm' else 8
+    if 'ch_mult' in config.model:
+      config.model.update(ch_mult=(1, 2), num_res_blocks=1)
+      config.model.update(attn_resolutions=(8,), dropout=0.1)
+    if 'num_classes' in config.model:
+      config.model.num_classes = config.sde.num_scales = 10
+  return config
+
+
+@functools.cache
+def _num_params(network, image_size):
+  x = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+  cond = jax.ShapeDtypeStruct((1,), jnp.float32)
+  out, variables = jax.eval_shape(
+    functools.partial(network.init_with_output, train=False),
+    jax.random.key(0),
+    x,
+    cond,
+  )
+  if not isinstance(network, models.WideResNet):
+    assert out.shape == x.shape
+  return sum(leaf.size for leaf in jax.tree.leaves(variables['params']))
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_full_size(name):
+  config = load(name)
+  experiment.check(config)
+  network = experiment.make_network(config)
+  size = _num_params(network, config.data.image_size)
+  if name in MILLIONS:
+    assert round(size / 1e6, 2) == MILLIONS[name]
+  else:
+    assert 30e6 < size < 115e6
+
+
+def test_released_are_all_there():
+  paper = {n for n in RELEASED if n.split('/')[0] in ('ve', 'vp', 'subvp')}
+  assert paper <= set(CONFIGS) and len(paper) == 39
+
+
+@pytest.mark.parametrize('name', RELEASED)
+def test_numbers(name):
+  config = load(name)
+  noise = config.sde.get('sigma_max', config.sde.get('beta_max'))
+  got = (
+    noise,
+    config.sde.get('num_scales', 0),
+    config.sampling.num_steps,
+    config.sampling.snr,
+    config.training.batch_size,
+    config.training.n_iters // 1000,
+    config.training.ema_rate,
+  )
+  assert got == RELEASED[name]
+  assert config.data.centered == (not name.startswith('ve/'))
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_file(name):
+  """The docstring's command is this file's; the body is a few lines."""
+  text = (ROOT / 'configs' / f'{name}.py').read_text()
+  _, docstring, body = text.split('"""')
+  command = docstring.split('\n\n')[1].replace('\\\n', '').split()
+  assert command[-1] == f'configs/{name}.py'
+  assert ' '.join(command[:4]) == 'python main.py --mode train'
+  assert len([line for line in body.splitlines() if line]) <= 10
+
+
+@functools.cache
+def _reduced_losses(name):
+  """Losses [2] of random parameters, by a program that is not optimised."""
+  config = reduced(load(name))
+  draw = np.random.default_rng(0).normal
+  params = jax.tree.map(
+    lambda s: np.asarray(0.1 * draw(size=s.shape), s.dtype),
+    experiment.abstract_params(config),
+  )
+  shape = experiment.image_shape(config, 2)
+  image = np.random.default_rng(1).integers(0, 256, shape, np.uint8)
+  loss_fn = jax.jit(
+    experiment.make_loss_fn(config, train=True),
+    compiler_options={'xla_backend_optimization_level': 0},
+  )
+  batch = {'image': image, 'label': np.zeros(2, np.int32)}
+  return np.asarray(loss_fn(params, jax.random.key(0), batch))
+
+
+@functools.cache
+def _alike():
+  """For each config, the first that has the same network once reduced."""
+  first, keys = {}, {}
+  for name in CONFIGS:
+    config = reduced(load(name))
+    sections = config.model, config.data.centered
+    keys[name] = json.dumps(sections, default=lambda s: s.to_dict())
+    first.setdefault(keys[name], name)
+  return {name: first[key] for name, key in keys.items()}
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_reduced_forward(name):
+  """Scores and losses are finite."""
+  loss = _reduced_losses(_alike()[name])
+  assert loss.shape == (2,) and np.isfinite(loss).all() and (loss > 0).all()
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_sampler_is_traced(name, monkeypatch):
+  """Predictor, corrector and steps suit the process; no network involved."""
+  config = load(name)
+  fake = lambda config, params, **kwargs: lambda x, t, *label: -x
+  monkeypatch.setattr(experiment, 'make_score_fn', fake)
+  if experiment.is_classifier(config):
+    with pytest.raises(ValueError, match='draws no samples'):
+      experiment.make_sampler(config, batch_size=2)
+    return
+  sample = experiment.make_sampler(config, batch_size=2)
+  images, *_ = jax.eval_shape(sample, None, jax.random.key(0))
+  assert images.shape == experiment.image_shape(config, 2)
+
+
+METHODS = [
+  ('ode', {}, 'quickstart'),
+  ('adaptive_sde', {}, 've/cifar10_ncsnpp_continuous'),
+  ('heun', {'s_churn': 40.0, 'grid': 'edm'}, 've/cifar10_ncsnpp'),
+  ('dpmpp_3s', {'grid': 'log_snr'}, 'vp/ddpm/cifar10'),
+  ('unipc', {'order': 3}, 'subvp/cifar10_ncsnpp_continuous'),
+  ('sde_dpmpp', {}, 'vp/ddpm/cifar10'),
+]
+
+
+@pytest.mark.parametrize('method,options,name', METHODS)
+def test_any_sampler_on_any_config(method, options, name, monkeypatch):
+  """From a given z, guided, with frames; options reach the solver."""
+  config = load(name)
+  config.sampling.update(method=method, num_steps=12, **options)
+  seen = []
+  fake = lambda config, params, **kwargs: lambda x, t, *label: -x
+  monkeypatch.setattr(experiment, 'make_score_fn', fake)
+
+  def wrap(score_fn, sde, *, push):
+    seen.append(sde)
+    return lambda x, t: score_fn(x, t) + push
+
+  sample = experiment.make_sampler(config, 2, wrap=wrap, frames=3)
+  shape = experiment.image_shape(config, 2)
+  z, push = jnp.zeros(shape), jnp.zeros(shape)
+  result = jax.eval_shape(sample, None, jax.random.key(0), z, push=push)
+  assert [v.shape for v in result] == [shape, (), (), (3, *shape), (3,)]
+  assert isinstance(seen[0], sde_lib.SDE)
+
+
+def test_bad_sampling_options_are_named():
+  config = load('quickstart')
+  bad = {'method': 'dpm', 'grid': 'even', 'frames': 1, 'num_steps': 0}
+  for key, value in bad.items():
+    wrong = config.copy_and_resolve_references()
+    wrong.sampling[key] = value
+    with pytest.raises(ValueError, match=f'sampling.{key}={value!r}'):
+      experiment.check(wrong)
+  # Those of the solvers, too, before a network is trained for hours.
+  for method, key, value in [('unipc', 'order', 4), ('heun', 's_churn', -1.0)]:
+    wrong = config.copy_and_resolve_references()
+    wrong.sampling.update({'method': method, key: value})
+    with pytest.raises(ValueError, match=f'sampling.{key}={value}'):
+      experiment.check(wrong)

@@ -1,0 +1,421 @@
+"""Training on many devices and hosts, killed and resumed, and gone astray."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from PIL import Image
+
+import experiment
+import run_lib
+from checkpoints.workdir import Checkpoints
+from runtime.devices import make_layout, replicated, to_global
+from runtime.progress import Log
+from tests import tiny
+
+ROOT = pathlib.Path(__file__).parents[1]
+OVERRIDES = {'training__n_iters': 12, 'training__snapshot_sampling': True}
+CONFIG = tiny.get_config(**OVERRIDES)
+
+# Trains in a process of its own: workdir, devices, and of several processes
+# the number of this one and a port.
+WORKER = f"""
+import sys
+import jax
+workdir, devices, *process = sys.argv[1:]
+jax.config.update('jax_num_cpu_devices', int(devices))
+if process:
+  jax.distributed.initialize('127.0.0.1:' + process[1], 2, int(process[0]))
+import run_lib
+from tests import tiny
+run_lib.train(tiny.get_config(**{OVERRIDES}), workdir)
+if not process:
+  try:
+    run_lib.train(tiny.get_config(training__batch_size=12), workdir + '_12')
+  except ValueError as error:
+    print(error)
+"""
+
+# As main.py, but killed the moment it has logged step 9.
+KILLED = f"""
+import os, runpy, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+from runtime.progress import Log
+write = Log.write
+def write_and_die(self, step, **scalars):
+  write(self, step, **scalars)
+  if step == 9:
+    os.kill(os.getpid(), signal.SIGKILL)
+Log.write = write_and_die
+runpy.run_path('main.py', run_name='__main__')
+"""
+
+
+def start(program, *arguments):
+  return subprocess.Popen(
+    [sys.executable, '-c', program, *map(str, arguments)],
+    cwd=ROOT,
+    env=os.environ
+    | {
+      'JAX_COMPILATION_CACHE_DIR': tiny.CACHE,
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
+    },
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def logged(workdir, name='loss'):
+  """{step: value} of a scalar in train.jsonl, in which no step comes twice."""
+  lines = (pathlib.Path(workdir) / 'train.jsonl').read_text().splitlines()
+  records = [json.loads(line) for line in lines]
+  steps = [record['step'] for record in records]
+  assert steps == sorted(set(steps))
+  return {r['step']: r[name] for r in records if name in r}
+
+
+def restored(workdir, step):
+  """The arrays of a checkpoint, by path."""
+  layout = make_layout()
+  init, _ = run_lib.make_init(CONFIG, layout)
+  like = jax.eval_shape(init, experiment.abstract_params(CONFIG))
+  like = replicated(like, layout)._asdict()
+  ema = like.pop('ema')
+  with Checkpoints(workdir) as saved:
+    arrays = saved.restore(step, like, 'state')
+    arrays['ema'] = saved.restore(step, ema, 'ema')
+  return {
+    jax.tree_util.keystr(path): np.asarray(value)
+    for path, value in jax.tree_util.tree_leaves_with_path(arrays)
+  }
+
+
+def assert_same(workdir, other):
+  """Bit by bit: losses, and all of the last checkpoint."""
+  assert logged(workdir) == logged(other)
+  ours, theirs = logged(workdir, 'test_loss'), logged(other, 'test_loss')
+  for step in (4, 8, 12):
+    assert ours[step] == theirs[step]
+  ours, theirs = restored(workdir, 12), restored(other, 12)
+  assert ours.keys() == theirs.keys()
+  for path, value in ours.items():
+    np.testing.assert_array_equal(value, theirs[path], err_msg=path)
+
+
+def assert_close(workdir, other):
+  """Up to the order of sums: losses, and the samples of the last step."""
+  for name in ('loss', 'test_loss'):
+    ours, theirs = logged(workdir, name), logged(other, name)
+    assert ours.keys() == theirs.keys()
+    np.testing.assert_allclose(
+      list(ours.values()), list(theirs.values()), rtol=1e-4
+    )
+  ours, theirs = samples(workdir), samples(other)
+  assert np.abs(ours - theirs).max() <= 1
+  assert np.mean(ours != theirs) < 0.01
+
+
+def samples(workdir):
+  with Image.open(pathlib.Path(workdir) / 'samples' / 'step_12.png') as image:
+    return np.asarray(image).astype(int)
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """The run that nothing interrupts."""
+  workdir = tmp_path_factory.mktemp('finished')
+  run_lib.train(CONFIG, workdir)
+  return workdir
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+  """A copy of it, to go on from."""
+  shutil.copytree(finished, tmp_path / 'run')
+  return tmp_path / 'run'
+
+
+def test_uninterrupted(finished):
+  losses = logged(finished)
+  assert list(losses) == list(range(1, 13))
+  assert np.isfinite(list(losses.values())).all()
+  assert list(logged(finished, 'test_loss')) == [4, 8, 12]
+  # 64 pictures, as noisy as three steps leave them.
+  assert samples(finished).shape == (8 * 64 + 7 * 2,) * 2
+  assert 20 < samples(finished).std() < 128
+
+
+def test_eight_devices_are_as_one(finished, tmp_path):
+  worker = start(WORKER, tmp_path / 'run', 8)
+  out, err = worker.communicate()
+  assert worker.returncode == 0, err
+  assert '8 cpu device(s)' in out
+  assert_close(tmp_path / 'run', finished)
+  # Twelve images do not divide by eight devices: one line, and no workdir.
+  line = out.splitlines()[-1]
+  assert line.startswith('config.training.batch_size')
+  assert line.endswith('=12 does not divide by the 8 devices: use 16, say.')
+  assert not (tmp_path / 'run_12').exists()
+
+
+@pytest.mark.slow
+def test_two_processes_are_as_one(finished, tmp_path):
+  with socket.socket() as probe:
+    probe.bind(('127.0.0.1', 0))
+    port = probe.getsockname()[1]
+  workdir = tmp_path / 'run'
+  workers = [start(WORKER, workdir, 1, i, port) for i in range(2)]
+  outputs = [worker.communicate() for worker in workers]
+  for worker, (_, err) in zip(workers, outputs, strict=True):
+    assert worker.returncode == 0, err
+  assert '2 cpu device(s)' in outputs[0][0]
+  assert 'cpu device(s)' not in outputs[1][0]
+  assert_close(workdir, finished)
+  # What two processes saved, one can read.
+  ours, theirs = restored(workdir, 12), restored(finished, 12)
+  for path, value in ours.items():
+    np.testing.assert_allclose(
+      value, theirs[path], rtol=1e-2, atol=1e-4, err_msg=path
+    )
+
+
+def test_killed_and_resumed(finished, tmp_path):
+  killed = start(
+    KILLED,
+    '--config=tests/tiny.py',
+    '--mode=train',
+    f'--workdir={tmp_path}',
+    '--config.training.n_iters=12',
+    '--config.training.snapshot_sampling=True',
+  )
+  _, err = killed.communicate()
+  assert killed.returncode == -signal.SIGKILL, err
+  assert max(logged(tmp_path)) == 9
+  run_lib.train(CONFIG, tmp_path)
+  assert_same(tmp_path, finished)
+
+
+@pytest.mark.parametrize('when', ['step', 'log'])
+def test_stopped_by_sigterm_and_resumed(
+  finished, tmp_path, monkeypatch, capsys, when
+):
+  terminate = lambda: os.kill(os.getpid(), signal.SIGTERM)
+
+  def make_train_steps(*args):
+    train_steps = run_lib_make_train_steps(*args)
+
+    def stopped(state, batches):
+      if state.step == 5:
+        terminate()
+      return train_steps(state, batches)
+
+    return stopped
+
+  def write(self, step, **scalars):
+    reporting_write(self, step, **scalars)
+    if step == 5:
+      terminate()
+
+  run_lib_make_train_steps = run_lib.make_train_steps
+  reporting_write = Log.write
+  with monkeypatch.context() as patch:
+    if when == 'step':
+      patch.setattr(run_lib, 'make_train_steps', make_train_steps)
+    else:
+      patch.setattr(Log, 'write', write)
+    before = signal.getsignal(signal.SIGTERM)
+    run_lib.train(CONFIG, tmp_path)
+    assert signal.getsignal(signal.SIGTERM) is before
+  assert 'Stopped by SIGTERM; step 6 is saved.' in capsys.readouterr().out
+  with Checkpoints(tmp_path) as saved:
+    assert saved.last == 6
+  run_lib.train(CONFIG, tmp_path)
+  assert 'Resuming at step 6.' in capsys.readouterr().out
+  assert_same(tmp_path, finished)
+
+
+def test_several_steps_in_a_call(finished, tmp_path):
+  config = tiny.get_config(
+    training__n_iters=12, training__n_jitted_steps=4, training__log_freq=4
+  )
+  run_lib.train(config, tmp_path)
+  single = list(logged(finished).values())
+  np.testing.assert_allclose(
+    list(logged(tmp_path).values()),
+    np.mean(np.reshape(single, (3, 4)), 1),
+    rtol=1e-6,
+  )
+  ours, theirs = restored(tmp_path, 12), restored(finished, 12)
+  for path, value in ours.items():
+    np.testing.assert_array_equal(value, theirs[path], path)
+
+
+def test_resumed_off_the_beat(copied):
+  """From step 12 in calls of 8 steps: logs and checkpoints still come."""
+  config = tiny.get_config(
+    training__n_iters=34,
+    training__n_jitted_steps=8,
+    training__log_freq=8,
+    training__eval_freq=16,
+    training__checkpoint_freq=16,
+  )
+  run_lib.train(config, copied)
+  assert list(logged(copied))[12:] == [16, 24, 32]
+  assert list(logged(copied, 'test_loss'))[3:] == [16, 32, 34]
+
+
+def test_resumed_rates_are_the_configs(copied):
+  config = tiny.get_config(
+    training__n_iters=14, training__ema_rate=0.0, optim__lr=0.0
+  )
+  run_lib.train(config, copied)
+  before, after = restored(copied, 12), restored(copied, 14)
+  compared = 0
+  for path, value in before.items():
+    if path.startswith("['params']"):
+      compared += 1
+      np.testing.assert_array_equal(after[path], value, path)
+      average = path.replace('params', 'ema', 1)
+      np.testing.assert_array_equal(after[average], value, path)
+      assert np.any(before[average] != value) or not value.any()
+  assert compared > 20
+  assert after["['step']"] == 14
+
+
+@pytest.mark.parametrize('what', ['loss', 'average'])
+def test_not_finite(copied, monkeypatch, what):
+  """A loss that is not finite stops the run; bad weights are not saved."""
+
+  def make_train_steps(*_):
+    def train_steps(state, batches):
+      loss = jnp.ones(len(batches['image']))
+      if state.step == 13:
+        if what == 'loss':
+          loss = loss.at[0].set(jnp.nan)
+        else:
+          nan = jax.tree.map(lambda v: v * jnp.nan, state.ema)
+          state = state._replace(ema=nan)
+      return state._replace(step=state.step + 1), loss
+
+    return train_steps
+
+  monkeypatch.setattr(run_lib, 'make_train_steps', make_train_steps)
+  config = tiny.get_config(
+    training__n_iters=20, training__checkpoint_freq=2, training__log_freq=5
+  )
+  before = restored(copied, 12)
+  with pytest.raises(FloatingPointError, match='step 14 is not finite.* 12'):
+    run_lib.train(config, copied)
+  with Checkpoints(copied) as saved:
+    assert saved.last == 12
+  for path, value in restored(copied, 12).items():
+    np.testing.assert_array_equal(value, before[path], path)
+
+
+def test_diverging(copied):
+  """The real thing: a learning rate that throws the weights out of range."""
+  config = tiny.get_config(training__n_iters=20, optim__lr=1e30)
+  with pytest.raises(FloatingPointError, match='step 14 is not finite.* 12'):
+    run_lib.train(config, copied)
+
+
+# ------------------------------------------- one compiled call, in the small
+
+
+def take_steps(monkeypatch, *, parts, together, scan=False, noise=0.0):
+  """Parameters and losses after 4 steps of SGD on 8 images.
+
+  The loss is w's squared distance to each image, plus noise.
+  """
+
+  def loss_fn(params, rng, batch):
+    z = noise * jax.random.normal(rng, batch['image'].shape)
+    x = batch['image'] / 255 + z
+    return jnp.mean((x - params['w']) ** 2, axis=(1, 2, 3))
+
+  config = tiny.get_config(training__ema_rate=0.5)
+  images = np.random.default_rng(0).integers(0, 256, (4, 8, 2, 2, 1), np.uint8)
+  images = images.reshape(4, parts, 8 // parts, 2, 2, 1)
+  layout = make_layout()
+  optimizer = optax.sgd(1.0)
+  with monkeypatch.context() as patch:
+    patch.setattr(experiment, 'make_loss_fn', lambda *_, **__: loss_fn)
+    patch.setattr(experiment, 'make_optimizer', lambda _: optimizer)
+    if scan:
+      patch.setattr(jax, 'default_backend', lambda: 'gpu')
+    train_steps = run_lib.make_train_steps(config, layout)
+  params = {'w': jnp.zeros((1, 2, 2, 1))}
+  state = run_lib.TrainState(
+    jnp.zeros((), jnp.int32),
+    params,
+    optimizer.init(params),
+    jax.tree.map(jnp.copy, params),
+  )
+  state = jax.device_put(state, layout.replicated)
+  step_losses = []
+  for i in range(0, 4, together):
+    batches = {'image': images[i : i + together]}
+    batches = to_global(layout.microbatches, batches)
+    state, loss = train_steps(state, batches)
+    step_losses.extend(np.asarray(loss))
+  assert int(state.step) == 4
+  return state.params['w'], state.ema['w'], np.stack(step_losses)
+
+
+@pytest.mark.parametrize('scan', [False, True])
+@pytest.mark.parametrize('parts', [1, 2, 4])
+@pytest.mark.parametrize('together', [1, 4])
+def test_parts_and_steps_do_not_change_training(
+  monkeypatch, scan, parts, together
+):
+  plain = take_steps(monkeypatch, parts=1, together=1)
+  other = take_steps(monkeypatch, parts=parts, together=together, scan=scan)
+  for a, b in zip(plain, other, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+  assert plain[2].shape == (4,)
+  # w goes half of the way to the batches' means; its average lags behind.
+  assert 0.1 < float(plain[1].mean()) < float(plain[0].mean()) < 0.9
+
+
+def test_scan_draws_the_noise_of_single_steps(monkeypatch):
+  single = take_steps(monkeypatch, parts=2, together=1, noise=1.0)
+  scan = take_steps(monkeypatch, parts=2, together=4, scan=True, noise=1.0)
+  quiet = take_steps(monkeypatch, parts=2, together=1)
+  for a, b, c in zip(single, scan, quiet, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+    assert np.all(np.abs(a - c) > 1e-4)
+
+
+def test_half_precision_with_less_memory():
+  """bfloat16, rematerialisation and accumulation: float32 where it counts."""
+  config = tiny.get_config(
+    model__dtype='bfloat16', model__remat=True, training__grad_accumulation=2
+  )
+  layout = make_layout()
+  init, _ = run_lib.make_init(config, layout)
+  state = jax.eval_shape(init, experiment.abstract_params(config))
+  batches = {
+    'image': jax.ShapeDtypeStruct((3, 2, 4, 8, 8, 1), jnp.uint8),
+    'label': jax.ShapeDtypeStruct((3, 2, 4), jnp.int32),
+  }
+  train_steps = run_lib.make_train_steps(config, layout)
+  program = jax.make_jaxpr(train_steps)(state, batches)
+  text = str(program)
+  assert 'bf16' in text and 'remat' in text
+  after, step_losses = jax.eval_shape(train_steps, state, batches)
+  assert step_losses.shape == (3,) and step_losses.dtype == jnp.float32
+  same = jax.tree.map(
+    lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, after
+  )
+  assert jax.tree.all(same)
