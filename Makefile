@@ -11,7 +11,7 @@ quickstart: $(VENV)/.ready
 	$(RUN) main.py $(QUICKSTART) --mode eval
 
 test: $(VENV)/.ready
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2
 
 test-slow: $(VENV)/.ready
 	$(RUN) -m pytest -m slow
@@ -21,6 +21,7 @@ lint: $(VENV)/.ready
 	$(RUN) -m ruff format --check .
 
 # The stamp is written last, so an interrupted installation is taken up again.
+# tests/test_packaging.py says that requirements.txt agrees with pyproject.toml.
 $(VENV)/.ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: \
 	Python 3.11 or newer is needed: make PYTHON=python3.12, say.")'

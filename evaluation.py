@@ -1,32 +1,38 @@
-"""How good are samples? Metrics of images, computed from arrays of features.
+"""Metrics of samples: arrays in, numbers out.
 
-All compare Inception features (`models/inception.py`), or any others, of
-samples with those of real images:
+Metrics of images compare features of samples with features of real images. The
+features are those of Inception (`features.inception`) or any others.
 
-- FID (Heusel et al. 2017), the Frechet distance of two Gaussians,
-  |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2));
-- KID (Binkowski et al. 2018), an unbiased squared distance with a standard
-  error;
-- Inception Score (Salimans et al. 2016), exp(E KL(p(y|x) || p(y)));
+- Frechet Inception Distance, FID (Heusel et al. 2017), the Frechet distance of
+  two Gaussians, |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2));
+- Kernel Inception Distance, KID (Binkowski et al. 2018), an unbiased squared
+  distance with a standard error;
+- Inception Score, IS (Salimans et al. 2016), exp(E KL(p(y|x) || p(y)));
 - improved precision and recall (Kynkaanniemi et al. 2019), density and
   coverage (Naeem et al. 2020), from nearest neighbours.
 
-FID falls as samples grow in number, so every result carries its count.
+Metrics of points compare the points: the sliced Wasserstein distance and the
+energy distance.
+
+FID becomes smaller when the number of samples grows, so every result contains
+that number.
 """
 
 import dataclasses
-import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Float, Real
+from scipy.spatial.distance import cdist
 
-from runtime.files import load_npz, save_npz
+from features.statistics import Moments, ReferenceStats
 
-# Below this, FID depends more on the count than on the samples.
+# With fewer samples, FID depends more on their number than on their quality.
 ENOUGH_SAMPLES = 10_000
 NO_LOGITS = (
-  'Inception Score needs logits, but the weights at hand end at pool_3; '
+  'Inception Score needs logits, but the weights of the network end at pool_3; '
   'pt_inception-2015-12-05-6726825d.pth of pytorch-fid has them '
   '(config.eval.inception_path).'
 )
@@ -34,13 +40,14 @@ NO_LOGITS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Metric:
-  """One number of a result.
+  """A number of a result.
 
   Attributes:
-    value: None if it cannot be had, for the reason in `note`.
-    count: of samples.
-    std_error: of `value`, for other samples of the same model.
-    std: over splits or subsets; papers print this one after IS.
+    value: the number; None if it cannot be computed, for the reason in `note`.
+    count: number of samples.
+    std_error: standard error of `value`, for other samples of the same model.
+    std: standard deviation over splits or subsets, which papers report with
+      the Inception Score.
     note: what a reader should know, or ''.
   """
 
@@ -52,7 +59,7 @@ class Metric:
 
 
 def _over(values: np.ndarray, count: int) -> Metric:
-  """Mean over subsets, splits or samples, with its standard error."""
+  """Return the mean over subsets, splits or samples, with standard error."""
   if len(values) == 1:
     return Metric(value=float(values[0]), count=count)
   return Metric(
@@ -66,91 +73,25 @@ def _over(values: np.ndarray, count: int) -> Metric:
 # --- Frechet distance ---------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Moments:
-  """Mean and covariance of features, accumulated in float64.
-
-  Batches, hosts and resumed runs each have their own and are merged at the
-  end; the order changes rounding only.
-
-  Attributes:
-    count: number of features seen.
-    mean: [D].
-    scatter: [D, D], the sum of (x - mean) (x - mean)^T.
-  """
-
-  count: int = 0
-  mean: np.ndarray | float = 0.0
-  scatter: np.ndarray | float = 0.0
-
-  def update(self, features: np.ndarray) -> None:
-    """Adds features [N, D]."""
-    if features.ndim != 2:
-      raise ValueError(f'Features are [N, D], not {features.shape}.')
-    if not len(features):
-      return
-    x = np.asarray(features, np.float64)
-    if not np.isfinite(x).all():
-      raise ValueError('There are features that are not finite.')
-    mean = x.mean(axis=0)
-    self.merge(Moments(len(x), mean, (x - mean).T @ (x - mean)))
-
-  def merge(self, other: 'Moments') -> None:
-    """Adds what another has seen (Chan et al. 1979)."""
-    if not other.count:
-      return
-    if self.count and np.shape(self.mean) != np.shape(other.mean):
-      raise ValueError(
-        f'Features of {np.size(self.mean)} and {np.size(other.mean)} '
-        'dimensions do not mix.'
-      )
-    count = self.count + other.count
-    delta = other.mean - self.mean
-    self.mean = self.mean + delta * (other.count / count)
-    self.scatter = self.scatter + other.scatter
-    self.scatter += np.outer(delta, delta) * (self.count * other.count / count)
-    self.count = count
-
-  @property
-  def mu(self) -> np.ndarray:
-    """Mean [D]."""
-    return self.mean
-
-  @property
-  def sigma(self) -> np.ndarray:
-    """Unbiased covariance [D, D]."""
-    if self.count < 2:
-      raise ValueError(f'{self.count} images have no covariance; use more.')
-    return self.scatter / (self.count - 1)
-
-  def save(self, path: str | os.PathLike) -> None:
-    """Writes an .npz, whole or not at all."""
-    save_npz(path, **dataclasses.asdict(self))
-
-  @classmethod
-  def load(cls, path: str | os.PathLike) -> 'Moments':
-    """Reads what `save` wrote."""
-    file = load_npz(path)
-    try:
-      return cls(int(file['count']), file['mean'][()], file['scatter'][()])
-    except KeyError as error:
-      raise ValueError(
-        f'{path} holds no moments: {error} is missing.'
-      ) from None
-
-
 def frechet_distance(
-  mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray
+  mu1: Float[ArrayLike, ' D'],
+  sigma1: Float[ArrayLike, 'D D'],
+  mu2: Float[ArrayLike, ' D'],
+  sigma2: Float[ArrayLike, 'D D'],
 ) -> float:
-  """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al. 2017).
+  """Return the Frechet distance of two Gaussians (Heusel et al. 2017).
 
-  S1 S2 has the eigenvalues of S1^(1/2) S2 S1^(1/2), which is symmetric: two
-  symmetric decompositions are quick, and stay real where covariances of few
-  samples are singular.
+    |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))
+
+  S1 S2 has the same eigenvalues as S1^(1/2) S2 S1^(1/2), which is symmetric.
+  Two symmetric decompositions are fast, and their results stay real when the
+  covariances of few samples are singular.
 
   Args:
-    mu1, mu2: means [D].
-    sigma1, sigma2: covariances [D, D].
+    mu1: mean [D].
+    sigma1: covariance [D, D].
+    mu2: mean [D].
+    sigma2: covariance [D, D].
   """
   values, vectors = np.linalg.eigh(sigma1)
   root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
@@ -160,19 +101,25 @@ def frechet_distance(
   return max(float(np.sum((mu1 - mu2) ** 2) + trace), 0.0)
 
 
-def frechet_std_error(samples, reference, features: np.ndarray) -> float:
-  """Standard error of the Frechet distance, to first order in 1 / N.
+def frechet_std_error(
+  samples: Moments | ReferenceStats,
+  reference: Moments | ReferenceStats,
+  features: Float[ArrayLike, 'n D'],
+) -> float:
+  """Return the standard error of the Frechet distance, to first order in 1/N.
 
-  A sample x moves the distance by its influence / N, which is (delta method)
-    2 (mu1 - mu2).d + d.(I - T) d, less its mean,   d = x - mu1,
-  where T = S1^(-1/2) (S1^(1/2) S2 S1^(1/2))^(1/2) S1^(-1/2) is the optimal
-  transport of one Gaussian to the other: I - T is the gradient of the
-  distance by S1. The reference counts as fixed, and the bias of few samples
-  is not part of it; where the distance is mostly bias, this is too large.
+  By the delta method a sample x changes the distance by its influence / N,
+    2 (mu1 - mu2).d + d.(I - T) d minus its mean, with d = x - mu1.
+  Here T = S1^(-1/2) (S1^(1/2) S2 S1^(1/2))^(1/2) S1^(-1/2) is the optimal
+  transport from one Gaussian to the other, and I - T is the gradient of the
+  distance with respect to S1. The reference is taken as exact. The bias of few
+  samples is not included; where the distance is mostly bias, the result is too
+  large.
 
   Args:
-    samples, reference: as in `fid`.
-    features: some of the samples', [n, D].
+    samples: see `fid`.
+    reference: see `fid`.
+    features: features of some of the samples, [n, D].
   """
   values, vectors = np.linalg.eigh(samples.sigma)
   root = np.sqrt(np.maximum(values, 0))
@@ -187,32 +134,39 @@ def frechet_std_error(samples, reference, features: np.ndarray) -> float:
 
 
 def too_few(count: int, dims: int) -> str:
-  """Why there is no FID of so few images, or ''."""
+  """Return why there is no FID of so few images, or ''.
+
+  Args:
+    count: number of images.
+    dims: number of dimensions of the features.
+  """
   if count > dims:
     return ''
   return (
-    f'{count} images cannot fill a covariance of {dims} dimensions, so '
-    f'their FID says little: use at least {dims + 1} (50,000 is usual), or '
-    'allow few (config.eval.allow_few_samples).'
+    f'{count} images have no regular covariance in {dims} dimensions, so '
+    f'their FID says little: use at least {dims + 1} (50,000 are usual), or '
+    'set config.eval.allow_few_samples.'
   )
 
 
 def fid(
-  samples,
-  reference,
+  samples: Moments | ReferenceStats,
+  reference: Moments | ReferenceStats,
   *,
-  features: np.ndarray | None = None,
+  features: Float[ArrayLike, 'n D'] | None = None,
   allow_few: bool = False,
 ) -> Metric:
-  """Frechet distance between samples and reference.
+  """Return the Frechet distance between samples and a reference.
 
   Args:
-    samples, reference: `Moments` or `ReferenceStats`, of any features.
-    features: some of the samples' features [n, D], for the standard error.
-    allow_few: permit no more samples than features have dimensions.
+    samples: moments of the features of the samples.
+    reference: moments of the features of real images.
+    features: features of some of the samples, [n, D], for the standard error.
+    allow_few: whether the number of samples can be as small as the number of
+      dimensions of the features, or smaller.
 
   Raises:
-    ValueError: features differ in size, or there are too few.
+    ValueError: the features differ in size, or there are too few samples.
   """
   dims = np.size(samples.mu)
   if np.shape(samples.mu) != np.shape(reference.mu):
@@ -241,13 +195,16 @@ def fid(
 
 
 def _squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
-  """Unbiased squared distance of the kernel means of x and y, both [n, D]."""
+  """Return the squared distance of the kernel means of x and y, both [n, D].
+
+  The estimate is unbiased.
+  """
 
   def kernel(a, b):
     linear = a @ b.T / a.shape[1] + 1
-    return linear * linear * linear  # Far quicker than linear**3.
+    return linear * linear * linear  # Much faster than linear**3.
 
-  def off_diagonal_mean(k):  # No image is compared with itself.
+  def off_diagonal_mean(k):  # Images are not compared with themselves.
     return (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))
 
   within = off_diagonal_mean(kernel(x, x)) + off_diagonal_mean(kernel(y, y))
@@ -255,29 +212,36 @@ def _squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def kid(
-  real: np.ndarray,
-  fake: np.ndarray,
+  real: Float[ArrayLike, 'N D'],
+  fake: Float[ArrayLike, 'M D'],
   *,
   subsets: int = 100,
   subset_size: int = 1000,
   seed: int = 0,
 ) -> Metric:
-  """Kernel distance with k(x, y) = (x.y / D + 1)^3 (Binkowski et al. 2018).
+  """Return the kernel distance of two sets (Binkowski et al. 2018).
 
-  Subsets are drawn as torch-fidelity draws them, whose seed is 2020. They
-  overlap: the standard error is that of as many as are disjoint.
+  The kernel is k(x, y) = (x.y / D + 1)^3. Subsets are drawn as in
+  torch-fidelity, whose seed is 2020. Subsets overlap, so the standard error is
+  that of the number of subsets that could be disjoint.
 
   Args:
-    real, fake: features [N, D], [M, D].
-    subsets: how many pairs of subsets, drawn with `seed`, are averaged.
-    subset_size: images in each.
+    real: features of real images, [N, D].
+    fake: features of samples, [M, D].
+    subsets: number of pairs of subsets whose distances are averaged.
+    subset_size: number of images in a subset.
+    seed: seed of the subsets.
+
+  Raises:
+    ValueError: there are fewer images than a subset has.
   """
   if min(len(real), len(fake)) < subset_size:
     raise ValueError(
       f'KID draws subsets of {subset_size} images, but there are only '
       f'{len(real)} real and {len(fake)} generated.'
     )
-  rng = np.random.RandomState(seed)  # NumPy promises never to change it.
+  # The stream of RandomState stays the same in all versions of NumPy.
+  rng = np.random.RandomState(seed)
   values = []
   for _ in range(subsets):
     x, y = (
@@ -293,16 +257,27 @@ def kid(
   return dataclasses.replace(metric, std_error=float(std / np.sqrt(disjoint)))
 
 
-def inception_score(logits: np.ndarray | None, *, splits: int = 10) -> Metric:
-  """exp(E KL(p(y|x) || p(y))) (Salimans et al. 2016).
+def inception_score(
+  logits: Float[ArrayLike, 'N K'] | None, *, splits: int = 10
+) -> Metric:
+  """Return the Inception Score (Salimans et al. 2016).
 
-  Papers differ in `splits`: ten consecutive parts averaged, or one, as Song
-  et al. 2021. One has a standard error too, by the delta method: p(y) moves
-  the score only in second order, so it is that of the mean of KL.
+    exp(E KL(p(y|x) || p(y)))
+
+  Papers differ in `splits`: the mean of ten consecutive parts, or one part, as
+  in Song et al. 2021. One part has a standard error too, by the delta method.
+  It is that of the mean of KL, because p(y) changes the score only in second
+  order.
 
   Args:
-    logits: [N, 1008], or None if the weights have none.
-    splits: number of parts, each with its own p(y).
+    logits: logits of K classes, [N, K]; None if the weights have none.
+    splits: number of parts, each of which has its own p(y).
+
+  Returns:
+    The score; without a value if there are no logits.
+
+  Raises:
+    ValueError: there are fewer images than splits.
   """
   if logits is None:
     return Metric(value=None, count=0, note=NO_LOGITS)
@@ -329,7 +304,7 @@ def inception_score(logits: np.ndarray | None, *, splits: int = 10) -> Metric:
 def _squared_distances(
   x: np.ndarray, y: np.ndarray, block: int = 1000
 ) -> Iterator[np.ndarray]:
-  """Rows of the [N, M] matrix of |x - y|^2, `block` at a time."""
+  """Yield rows of the [N, M] matrix of |x - y|^2, `block` at a time."""
   x, y = np.float64(x), np.float64(y)
   y_norm = (y**2).sum(axis=1)
   for start in range(0, len(x), block):
@@ -339,25 +314,34 @@ def _squared_distances(
 
 
 def _radii(x: np.ndarray, k: int) -> np.ndarray:
-  """Squared distance from each point to its k-th nearest neighbour, [N]."""
+  """Return squared distances to the k-th nearest neighbours, [N]."""
   if len(x) <= k:
     raise ValueError(f'{len(x)} images have no {k}-th nearest neighbours.')
-  # The nearest, at index 0, is the point itself.
+  # Index 0 is the point itself.
   rows = [np.partition(d, k, axis=1)[:, k] for d in _squared_distances(x, x)]
   return np.concatenate(rows)
 
 
 def precision_recall(
-  real: np.ndarray, fake: np.ndarray, *, k: int = 3
+  real: Float[ArrayLike, 'N D'], fake: Float[ArrayLike, 'M D'], *, k: int = 3
 ) -> dict[str, Metric]:
-  """Improved precision and recall (Kynkaanniemi et al. 2019, Equation 1).
+  """Return improved precision and recall (Kynkaanniemi et al. 2019, Eq. 1).
 
-  Precision is the share of samples within the k-th-neighbour ball of any
-  real image; recall the share of real images within such a ball of a sample.
+  The ball of an image has the distance to its k-th nearest neighbour as radius.
+  Precision is the fraction of samples that lie in the ball of any real image.
+  Recall is the fraction of real images that lie in the ball of any sample.
 
   Args:
-    real, fake: features [N, D], [M, D]; the paper takes 50,000 of each, and
-      numbers of unequal counts are not comparable.
+    real: features of real images, [N, D]; the paper uses 50,000.
+    fake: features of samples, [M, D]. Results for other numbers of images
+      cannot be compared.
+    k: number of neighbours.
+
+  Returns:
+    'precision' and 'recall'.
+
+  Raises:
+    ValueError: there are not more than k images.
   """
 
   def covered(points, centres):
@@ -373,15 +357,24 @@ def precision_recall(
 
 
 def density_coverage(
-  real: np.ndarray, fake: np.ndarray, *, k: int = 5
+  real: Float[ArrayLike, 'N D'], fake: Float[ArrayLike, 'M D'], *, k: int = 5
 ) -> dict[str, Metric]:
-  """Density and coverage (Naeem et al. 2020, Equations 3 and 4).
+  """Return density and coverage (Naeem et al. 2020, Equations 3 and 4).
 
-  Density is the mean number of real images' balls that a sample lies in,
-  over k; coverage the share of real images whose ball holds a sample.
+  Density is the mean number of balls of real images in which a sample lies,
+  divided by k. Coverage is the fraction of real images whose ball contains a
+  sample. For the balls see `precision_recall`.
 
   Args:
-    real, fake: features [N, D], [M, D].
+    real: features of real images, [N, D].
+    fake: features of samples, [M, D].
+    k: number of neighbours.
+
+  Returns:
+    'density' and 'coverage'.
+
+  Raises:
+    ValueError: there are not more than k images.
   """
   radii = _radii(real, k)
   density, coverage = [], np.zeros(len(real), bool)
@@ -395,4 +388,114 @@ def density_coverage(
   }
 
 
-# --- Files --------------------------------------------------------------------
+# --- All metrics of images ----------------------------------------------------
+
+
+def score_samples(
+  batches: Iterable[Mapping[str, Float[ArrayLike, '_ _']]],
+  reference: ReferenceStats,
+  *,
+  seed: int = 0,
+  allow_few: bool = False,
+) -> dict[str, Metric]:
+  """Return all metrics of samples of images.
+
+  FID uses all samples, one batch at a time. KID and metrics of neighbours use
+  as many samples as the reference has features. A metric that needs more images
+  than there are, or features that the reference does not have, has no value,
+  and its note tells why.
+
+  Args:
+    batches: dicts of features of samples: 'pool_3' [n, D], and optionally
+      'logits' [n, K].
+    reference: statistics of real images.
+    seed: seed of the subsets of KID.
+    allow_few: see `fid`.
+
+  Returns:
+    'fid', 'is_1_split', 'is_10_splits', 'kid', 'precision', 'recall', 'density'
+    and 'coverage'.
+  """
+  real = reference.features
+  most = ENOUGH_SAMPLES if real is None else len(real)
+  moments, kept, logits = Moments(), [], []
+  for batch in batches:
+    room = max(most - moments.count, 0)
+    moments.update(batch['pool_3'])
+    kept.append(batch['pool_3'][:room])
+    if 'logits' in batch:
+      logits.append(batch['logits'])
+  fake = np.concatenate(kept)
+  logits = np.concatenate(logits) if logits else None
+
+  def attempt(metric, *args, **kwargs):
+    try:
+      return metric(*args, **kwargs)
+    except ValueError as error:
+      return Metric(value=None, count=moments.count, note=str(error))
+
+  metrics = {
+    'fid': attempt(fid, moments, reference, features=fake, allow_few=allow_few),
+    'is_1_split': attempt(inception_score, logits, splits=1),
+    'is_10_splits': attempt(inception_score, logits, splits=10),
+  }
+  neighbours = ('precision', 'recall', 'density', 'coverage')
+  if real is None:
+    note = 'The reference statistics hold no features.'
+    missing = Metric(value=None, count=moments.count, note=note)
+    return metrics | dict.fromkeys(('kid', *neighbours), missing)
+  metrics['kid'] = attempt(kid, real, fake, seed=seed)
+  # Metrics of neighbours depend on the numbers of images, so these are equal.
+  equal = min(len(real), len(fake))
+  for function in (precision_recall, density_coverage):
+    metrics |= function(real[:equal], fake[:equal])
+  return metrics
+
+
+# --- Distances of points ------------------------------------------------------
+
+
+def sliced_wasserstein(
+  x: Real[ArrayLike, 'N 2'], y: Real[ArrayLike, 'M 2'], *, directions: int = 128
+) -> float:
+  """Return the sliced 2-Wasserstein distance of points (Bonneel et al. 2015).
+
+  This is the square root of the mean, over evenly spread directions, of the
+  squared distance of the quantiles of the projections.
+
+  Args:
+    x: points [N, 2].
+    y: points [M, 2].
+    directions: number of directions.
+
+  Returns:
+    The distance, in units of x.
+  """
+  angle = np.pi * (np.arange(directions) + 0.5) / directions
+  axes = np.stack([np.cos(angle), np.sin(angle)])
+  levels = (np.arange(min(len(x), len(y))) + 0.5) / min(len(x), len(y))
+  a, b = (np.quantile(np.asarray(v) @ axes, levels, axis=0) for v in (x, y))
+  return float(np.sqrt(np.mean((a - b) ** 2)))
+
+
+def energy_distance(
+  x: Real[ArrayLike, 'N D'], y: Real[ArrayLike, 'M D']
+) -> float:
+  """Return an unbiased estimate of the energy distance of points.
+
+    2 E|x - y| - E|x - x'| - E|y - y'|    (Szekely & Rizzo 2013)
+
+  It is 0 for equal distributions only. The estimate can be negative.
+
+  Args:
+    x: points [N, D].
+    y: points [M, D].
+
+  Returns:
+    The distance, in units of x.
+  """
+
+  def within(v):
+    return cdist(v, v).sum() / (len(v) * (len(v) - 1))
+
+  return float(2 * cdist(x, y).mean() - within(x) - within(y))

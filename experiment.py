@@ -1,447 +1,412 @@
-"""From a config to what it describes: process, network, loss and sampler.
+"""From a config to an Experiment: process, network, loss, sampler, likelihood.
 
-This is also the API for a notebook:
+`build` is the one place where a config is read. It checks every key, makes all
+objects and traces the network once; what it returns is passed on everywhere.
+It is the interface for a notebook, too:
 
-    config = experiment.load_config('configs/quickstart.py')
-    like = experiment.abstract_params(config)
-    params = checkpoints.restore_ema(workdir, like)
-    sample = jax.jit(experiment.make_sampler(config, batch_size=16))
-    images, nfe, success = sample(params, jax.random.key(0))
+    model, params = experiment.load('runs/quickstart')
+    images = model.sample(params, jax.random.key(0), 16)
 """
 
 import dataclasses
 import functools
 import importlib.util
-import inspect
+import json
+import math
 import pathlib
+import warnings
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
+import optax
 
 import controllable_generation
 import likelihood
 import losses
 import models
 import sampling
-import score_matching
 import sde_lib
-from data import datasets, toy
+from checkpoints import formats, workdir
+from configs import schema
+from data import pixels, toy
 from models import score
-from solvers import grids, plans, predictors
+from runtime import options
+from solvers.base import Sampler, Samples
+from solvers.ode import ODE
 
-
-def load_config(path):
-  """The ConfigDict of a config file, e.g. configs/quickstart.py."""
-  path = pathlib.Path(path)
-  if not path.is_file():
-    raise FileNotFoundError(f'No config file {path}.')
-  spec = importlib.util.spec_from_file_location(path.stem, path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config()
-
-
-def _choose(table, name, key):
-  if name not in table:
-    raise ValueError(f'config.{key}={name!r} is none of {list(table)}.')
-  return table[name]
-
-
-def make_sde(config) -> sde_lib.SDE:
-  """The forward process of config.sde."""
-  fields = config.sde.to_dict()
-  return _choose(sde_lib.SDES, fields.pop('name'), 'sde.name')(**fields)
-
-
-def make_network(config):
-  """The flax module of config.model."""
-  fields = config.model.to_dict()
-  name = fields.pop('name')
-  fields.pop('conditioning')
-  _choose(score.CONDITIONINGS, config.model.conditioning, 'model.conditioning')
-  known = {f.name for f in dataclasses.fields(models.create(name))}
-  if 'centered' in known:
-    fields['centered'] = config.data.centered
-  return models.create(name, **fields)
-
-
-def image_shape(config, batch_size):
-  """[B, H, W, C] of the config's images; [B, D] if its data are points."""
-  size, dims = config.data.image_size, config.data.dims
-  if dims:
-    return batch_size, dims
-  return batch_size, size, size, config.data.num_channels
-
-
-def to_data(config, x):
-  """Samples as datasets hold them, in numpy: uint8 images, or float points.
-
-  Args:
-    config: a ConfigDict.
-    x: samples of `make_sampler`, [B, H, W, C] or [B, D].
-  """
-  if config.data.dims:
-    return np.asarray(x, np.float32)
-  return datasets.to_uint8(np.asarray(x), config.sampling.rounding)
-
-
-def _init(config):
-  network = make_network(config)
-  x, cond = jnp.zeros(image_shape(config, 1)), jnp.ones(1)
-  return lambda rng: network.init(rng, x, cond, train=False)['params']
-
-
-def abstract_params(config):
-  """Shapes and dtypes of the parameters, as a pytree."""
-  return jax.eval_shape(_init(config), jax.random.key(0))
-
-
-def init_params(config, rng):
-  """Freshly drawn parameters; compiled quickly, since it runs once."""
-  quick = {'xla_backend_optimization_level': 0}
-  return jax.jit(_init(config), compiler_options=quick)(rng)
-
-
-def make_score_fn(config, params, *, continuous=False, dropout_rng=None):
-  """score_fn(x, t) of a network with the given parameters.
-
-  Args:
-    config: a ConfigDict.
-    params: the network's parameters.
-    continuous: view a discretely trained network as one of the continuous
-      process, as ODEs and likelihoods need it: sigma is then the process's.
-    dropout_rng: key, in training; None in evaluation.
-  """
-  network, sde = make_network(config), make_sde(config)
-  conditioning = config.model.conditioning
-  if continuous and conditioning == 'ddpm_label':
-    sde, conditioning = sde.continuous, 'time'
-
-  def net(x, cond, *label):
-    rngs = None if dropout_rng is None else {'dropout': dropout_rng}
-    return network.apply(
-      {'params': params}, x, cond, *label, train=rngs is not None, rngs=rngs
-    )
-
-  return score.make_score_fn(net, sde, conditioning)
-
-
-def is_classifier(config):
-  """Whether config.model is a classifier, which has no score."""
-  return config.model.name in models.CLASSIFIERS
-
-
-def num_labels(config):
-  """Classes that config.model is told of; 0 unless it is class-conditional."""
-  return config.model.get('num_labels', 0)
-
-
-def make_logits_fn(config, params):
-  """logits_fn(x, t) -> [B, classes] of a classifier with given parameters."""
-  network, sde = make_network(config), make_sde(config)
-
-  def logits_fn(x, t):
-    _, sigma = sde.marginal(t)
-    return network.apply({'params': params}, x, sigma, train=False)
-
-  return logits_fn
-
-
-def make_loss_fn(config, *, train):
-  """loss_fn(params, rng, batch) -> [B].
-
-  A batch has 'image', uint8 [B, H, W, C] (or float points [B, D]), and 'label',
-  int [B]. Flips, dequantisation, times, noise and dropout all come from rng.
-  """
-  sde, data, training = make_sde(config), config.data, config.training
-  _choose(score_matching.OBJECTIVES, training.objective, 'training.objective')
-  times = _choose(losses.TIMES, training.times, 'training.times')
-  weight = _choose(losses.WEIGHTINGS, training.weighting, 'training.weighting')
-  _choose(losses.REDUCTIONS, training.reduction, 'training.reduction')
-  # What does not suit the process is refused here, not in the first step.
-  draw = lambda rng: weight(sde, times(rng, sde, 1, training.eps)[0])
-  jax.eval_shape(draw, jax.random.key(0))
-  objective = losses.score_matching
-  if training.objective != 'denoising':
-    objective = functools.partial(
-      score_matching.score_matching_loss, objective=training.objective
-    )
-  if training.objective == 'explicit':
-    known = toy.DISTRIBUTIONS
-    data_law = _choose(known, data.dataset, 'data.dataset')
-    objective = functools.partial(objective, target=data_law.score_fn(sde))
-
-  def loss_fn(params, rng, batch):
-    rng_data, rng_loss, rng_dropout, rng_label = jax.random.split(rng, 4)
-    label = batch['label']
-    x0 = datasets.preprocess(
-      rng_data,
-      batch['image'],
-      random_flip=train and data.random_flip,
-      uniform_dequantization=data.uniform_dequantization,
-      centered=data.centered,
-    )
-    if is_classifier(config):
-      logits_fn = make_logits_fn(config, params)
-      options = {'times': training.times, 'eps': training.eps}
-      return losses.classification(
-        rng_loss, logits_fn, sde, x0, label, **options
-      )
-    score_fn = make_score_fn(
-      config, params, dropout_rng=rng_dropout if train else None
-    )
-    if num_labels(config):
-      if train:
-        drop = jax.random.bernoulli(
-          rng_label, training.label_dropout, label.shape
-        )
-        label = jnp.where(drop, num_labels(config), label)
-      of_class = score_fn
-      score_fn = lambda x, t: of_class(x, t, label)
-    return objective(
-      rng_loss,
-      score_fn,
-      sde,
-      x0,
-      times=training.times,
-      weighting=training.weighting,
-      reduction=training.reduction,
-      eps=training.eps,
-    )
-
-  return loss_fn
-
-
-# Times at which a classifier's accuracy is measured, by name.
+# Times at which the accuracy of a classifier is measured, by metric.
 ACCURACIES = {f'accuracy_t{t}': t for t in (0.0, 0.25, 0.5, 0.75, 1.0)}
 
 
-def make_test_fn(config):
-  """test_fn(params, rng, batch) -> {name: [B]}, to be averaged over a dataset.
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Experiment:
+  """A config and the objects that it describes.
 
-  'test_loss' and, of a classifier, the accuracy at some noise levels.
+  Attributes:
+    config: locked ConfigDict, checked.
+    sde: forward process.
+    network: flax module, called as network.apply(variables, x, cond, train=).
+    conditioning: what the network is told, and what its output means.
+    loss_fn: the loss as a function of a score function (or of logits).
+    optimizer: optax transformation.
+    sampler: sampler of config.sampling; None for a classifier.
   """
-  loss_fn, sde = make_loss_fn(config, train=False), make_sde(config)
 
-  def test_fn(params, rng, batch):
-    values = {'test_loss': loss_fn(params, rng, batch)}
-    if not is_classifier(config):
+  config: ml_collections.ConfigDict
+  sde: sde_lib.SDE
+  network: nn.Module
+  conditioning: Any
+  loss_fn: losses.ScoreMatching | losses.Classification
+  optimizer: optax.GradientTransformation
+  sampler: Sampler | None
+
+  # ---------------------------------------------------------------- network
+
+  @property
+  def is_classifier(self) -> bool:
+    """Whether the network is a classifier, which has no score."""
+    return self.config.model.name in models.CLASSIFIERS
+
+  @property
+  def num_labels(self) -> int:
+    """Return the number of classes the network is told; 0 for none."""
+    return self.config.model.get('num_labels', 0)
+
+  def shape(self, batch_size: int) -> tuple[int, ...]:
+    """Return [B, H, W, C] of the images, or [B, D] of points."""
+    data = self.config.data
+    if data.dims:
+      return batch_size, data.dims
+    return batch_size, data.image_size, data.image_size, data.num_channels
+
+  def _init(self, rng):
+    x, cond = jnp.zeros(self.shape(1)), jnp.ones(1)
+    return self.network.init(rng, x, cond, train=False)['params']
+
+  @functools.cached_property
+  def _shapes(self):
+    return jax.eval_shape(self._init, jax.random.key(0))
+
+  def abstract_params(self):
+    """Return the shapes and dtypes of the parameters, a pytree."""
+    return self._shapes
+
+  def init_params(self, rng):
+    """Return new parameters, drawn with a key."""
+    # Compiled without optimisation, because it runs once.
+    quick = {'xla_backend_optimization_level': 0}
+    return jax.jit(self._init, compiler_options=quick)(rng)
+
+  def _apply(self, params, x, cond, *label, dropout_rng=None):
+    rngs = None if dropout_rng is None else {'dropout': dropout_rng}
+    return self.network.apply(
+      {'params': params}, x, cond, *label, train=rngs is not None, rngs=rngs
+    )
+
+  def score_fn(self, params, *, continuous=False, dropout_rng=None):
+    """Return score_fn(x, t) of the network with the given parameters.
+
+    Args:
+      params: parameters of the network.
+      continuous: whether a network that was trained on the levels of DDPM's
+        chain is used in continuous time, as ODEs and likelihoods need it.
+      dropout_rng: key, in training; None in evaluation.
+    """
+    sde, conditioning = self.sde, self.conditioning
+    if continuous and isinstance(conditioning, score.DDPMLabel):
+      sde, conditioning = sde.continuous, score.Time()
+    net = functools.partial(self._apply, params, dropout_rng=dropout_rng)
+    return score.make_score_fn(net, sde, conditioning)
+
+  def logits_fn(self, params):
+    """Return logits_fn(x, t) -> [B, classes] of a classifier."""
+
+    def logits_fn(x, t):
+      _, sigma = self.sde.marginal(t)
+      return self._apply(params, x, sigma)
+
+    return logits_fn
+
+  # --------------------------------------------------------------- training
+
+  def _model_input(self, rng, image, *, flip=False, dequantize=False):
+    """Return uint8 images (or float points) in the range of the model."""
+    return pixels.preprocess(
+      rng,
+      image,
+      random_flip=flip,
+      uniform_dequantization=dequantize,
+      centered=self.config.data.centered,
+    )
+
+  def loss(self, params, rng, batch, *, train=True):
+    """Return the loss of each example, [B].
+
+    Flips, dequantisation, times, noise and dropout are all drawn with rng.
+
+    Args:
+      params: parameters of the network.
+      rng: key.
+      batch: 'image', uint8 [B, H, W, C] or float points [B, D], and 'label',
+        int [B].
+      train: whether flips, dropout and dropout of labels are active.
+    """
+    data = self.config.data
+    rng_data, rng_loss, rng_dropout, rng_label = jax.random.split(rng, 4)
+    x0 = self._model_input(
+      rng_data,
+      batch['image'],
+      flip=train and data.random_flip,
+      dequantize=data.uniform_dequantization,
+    )
+    label = batch['label']
+    if self.is_classifier:
+      return self.loss_fn(rng_loss, self.logits_fn(params), self.sde, x0, label)
+    score_fn = self.score_fn(params, dropout_rng=rng_dropout if train else None)
+    if self.num_labels:
+      if train:
+        share = self.config.training.label_dropout
+        drop = jax.random.bernoulli(rng_label, share, label.shape)
+        label = jnp.where(drop, self.num_labels, label)
+      of_class = score_fn
+      score_fn = lambda x, t: of_class(x, t, label)
+    return self.loss_fn(rng_loss, score_fn, self.sde, x0)
+
+  def test_metrics(self, params, rng, batch):
+    """Return {name: [B]}, whose means over a data set are its metrics.
+
+    They are 'test_loss' and, for a classifier, its accuracy at the noise levels
+    of `ACCURACIES`. Args are as for `loss`.
+    """
+    values = {'test_loss': self.loss(params, rng, batch, train=False)}
+    if not self.is_classifier:
       return values
-    logits_fn = make_logits_fn(config, params)
-    image = batch['image'] / 255
-    x0 = datasets.scaler(image, centered=config.data.centered)
+    logits_fn, data = self.logits_fn(params), self.config.data
+    x0 = pixels.scaler(batch['image'] / 255, centered=data.centered)
     z = jax.random.normal(rng, x0.shape)
 
     def correct(t):
-      t = jnp.full(x0.shape[:1], jnp.maximum(t, config.training.eps))
-      found = jnp.argmax(logits_fn(sde.perturb(x0, t, z), t), -1)
+      smallest = self.config.training.eps
+      t = jnp.full(x0.shape[:1], jnp.maximum(t, smallest))
+      found = jnp.argmax(logits_fn(self.sde.perturb(x0, t, z), t), -1)
       return jnp.float32(found == batch['label'])
 
     hits = jax.lax.map(correct, jnp.asarray([*ACCURACIES.values()]))
     return values | dict(zip(ACCURACIES, hits, strict=True))
 
-  return test_fn
+  # --------------------------------------------------------------- sampling
 
+  def to_data(self, x):
+    """Return samples as data sets hold them: uint8 images, or float32 points.
 
-def make_optimizer(config):
-  return losses.make_optimizer(**config.optim)
+    Args:
+      x: samples in [0, 1], [B, H, W, C], or points [B, D].
+    """
+    if self.config.data.dims:
+      return np.asarray(x, np.float32)
+    return pixels.to_uint8(np.asarray(x), self.config.sampling.rounding)
 
+  def make_sample(self, batch_size, *, guide=None, frames=0):
+    """Return sample(params, rng, z=None, **given) -> Samples, for `jax.jit`.
 
-def _predictor_corrector(options):
-  """The predictor and the corrector of config.sampling, options bound."""
-  predictor = _choose(
-    predictors.PREDICTORS, options.predictor, 'sampling.predictor'
-  )
-  corrector = _choose(
-    predictors.CORRECTORS, options.corrector, 'sampling.corrector'
-  )
-  if options.predictor in ('euler_maruyama', 'reverse_diffusion'):
-    predictor = functools.partial(
-      predictor, probability_flow=options.probability_flow
+    Samples (and frames) are in [0, 1], except where they fall outside it. z
+    [B, ...] is the state at t = 1, drawn from the prior if it is None. A
+    network that is told classes, without `guide`, is guided to the classes
+    `label` [B] by config.control.scale; without `label`, to random ones.
+
+    Args:
+      batch_size: B.
+      guide: guide(score_fn, sde, **given) -> score_fn, a `Guidance`.
+      frames: states to record on the way; 0 for none.
+    """
+    if self.sampler is None:
+      raise ValueError(
+        'A classifier draws no samples: use the config and workdir of a score '
+        'model, with config.control.name=classifier and classifier_workdir.'
+      )
+    self.sampler.check_frames(frames)
+    continuous = self.sampler.continuous
+    sde = self.sde.continuous if continuous else self.sde
+    classes = 0 if guide else self.num_labels
+    if classes:
+      guide = controllable_generation.ClassifierFree(
+        scale=self.config.control.scale
+      )
+
+    def sample(params, rng, z=None, **given):
+      rng, rng_prior = jax.random.split(rng)
+      if classes and 'label' not in given:
+        rng_label = jax.random.fold_in(rng_prior, 1)
+        given['label'] = jax.random.randint(
+          rng_label, (batch_size,), 0, classes
+        )
+      if z is None:
+        z = sde.prior_sample(rng_prior, self.shape(batch_size))
+      score_fn = self.score_fn(params, continuous=continuous)
+      if guide:
+        score_fn = guide(score_fn, sde, **given)
+      found = self.sampler(rng, score_fn, sde, z, frames=frames)
+      return found._replace(
+        x=self._to_unit(found.x), frames=self._to_unit(found.frames)
+      )
+
+    return sample
+
+  def _to_unit(self, x):
+    return pixels.inverse_scaler(x, centered=self.config.data.centered)
+
+  @functools.cached_property
+  def _compiled(self):
+    return {}
+
+  def sample(self, params, rng, n):
+    """Return n samples: uint8 images [n, H, W, C], or float32 points [n, D].
+
+    Args:
+      params: parameters, such as `load` returns.
+      rng: key.
+      n: number of samples, all made at once.
+    """
+    if n not in self._compiled:
+      self._compiled[n] = jax.jit(self.make_sample(n))
+    return self.to_data(self._compiled[n](params, rng).x)
+
+  # ------------------------------------------------- likelihood, latent codes
+
+  def bits_per_dim(self, params, rng, image):
+    """Return (bits/dim [B], their standard errors [B], NFE, success).
+
+    uint8 images are dequantised uniformly: the bits/dim of the 8-bit data are
+    bounded from above by those of the density over [0, 256) (Theis et al.
+    2016). For points, the bits are of their density as it is.
+
+    Args:
+      params: parameters of the network.
+      rng: key for the dequantisation and the probes.
+      image: uint8 [B, H, W, C], or float points [B, D].
+    """
+    data, chosen = self.config.data, self.config.eval
+    rng_data, rng_probe = jax.random.split(rng)
+    x = self._model_input(rng_data, image, dequantize=True)
+    probes = None
+    if chosen.bpd_trace != 'exact':
+      draw = likelihood.PROBES[chosen.bpd_trace]
+      probes = draw(rng_probe, (chosen.bpd_probes, *x.shape))
+    found = likelihood.log_likelihood(
+      self.score_fn(params, continuous=True),
+      self.sde.continuous,
+      x,
+      probes,
+      eps=chosen.bpd_eps,
+      rtol=self.config.sampling.rtol,
+      atol=self.config.sampling.atol,
     )
-  elif options.probability_flow:
-    raise ValueError(
-      f'config.sampling.predictor={options.predictor!r} has no '
-      "probability_flow: use 'euler_maruyama' or 'reverse_diffusion'."
+    dims = x[0].size
+    width = 256 if data.dims else 2 if data.centered else 1
+    bits = likelihood.bits_per_dim(found.logp, dims, data_width=width)
+    error = found.std_error / likelihood.nats_per_bit(dims)
+    return bits, error, found.nfe, found.success
+
+  @property
+  def flow(self) -> ODE:
+    """The probability-flow ODE as a sampler, without denoising at its end."""
+    chosen = self.config.sampling
+    return ODE(
+      eps=chosen.eps, rtol=chosen.rtol, atol=chosen.atol, final_denoise=False
     )
-  if options.predictor == 'ancestral':
-    predictor = functools.partial(
-      predictor, variance=options.ancestral_variance
+
+  def encode(self, params, image):
+    """Return an OdeSolution whose y are latent codes at t = 1, [B, ...].
+
+    The images are put at t = sampling.eps, where `decode` ends.
+
+    Args:
+      params: parameters of the network.
+      image: uint8 [B, H, W, C], or float points [B, D].
+    """
+    x = self._model_input(jax.random.key(0), image)  # Nothing is random here.
+    return likelihood.encode(
+      self.score_fn(params, continuous=True),
+      self.sde.continuous,
+      x,
+      eps=self.flow.eps,
+      rtol=self.flow.rtol,
+      atol=self.flow.atol,
     )
-  if options.corrector != 'none':
-    corrector = functools.partial(corrector, snr=options.snr)
-  return {'predictor': predictor, 'corrector': corrector}
+
+  def decode(self, params, z) -> Samples:
+    """Return the samples, in [0, 1], of latent codes z: inverts `encode`.
+
+    A network that is told classes is told none here, as in `encode`.
+    """
+    score_fn = self.score_fn(params, continuous=True)
+    found = self.flow(None, score_fn, self.sde.continuous, z)
+    return found._replace(x=self._to_unit(found.x))
 
 
-def _options_of(function, options):
-  """The entries of a dict that are keyword-only parameters of a function."""
-  parameters = inspect.signature(function).parameters.values()
-  names = [p.name for p in parameters if p.kind == p.KEYWORD_ONLY]
-  return {name: options[name] for name in names if name in options}
+# ------------------------------------------------------------------ building
 
 
-def make_sampler(config, batch_size, *, wrap=None, frames=0):
-  """sample(params, rng, z=None, **given) -> (images, nfe, success).
+def build(config) -> Experiment:
+  """Return the Experiment of a config.
 
-  images are [B, H, W, C] in [0, 1] but for samples that fall outside it. z
-  [B, H, W, C] is the state at t = 1; None draws it from the prior. Without
-  `wrap` a class-conditional network is guided to the classes `label` [B] by
-  config.control.scale; without `label`, to classes drawn uniformly.
+  Options that have no effect with what the config chooses are named in a
+  warning.
 
   Args:
-    config: a ConfigDict.
-    batch_size: B.
-    wrap: `wrap(score_fn, sde, **given)` -> score_fn, what guides the samples;
-      `given` are the further arguments of `sample`.
-    frames: if not 0, `sample` returns two more: that many states on the way,
-      [F, B, H, W, C], scaled as the images are, and their times [F].
+    config: a ConfigDict, such as `load_config` returns.
+
+  Raises:
+    ValueError: the config cannot run; one line names the key and the fix.
   """
-  if is_classifier(config):
-    raise ValueError(
-      'A classifier draws no samples: use the config and workdir of a score '
-      'model, with config.control.name=classifier and classifier_workdir.'
-    )
-  method = config.sampling.method
-  sampler = _choose(sampling.SAMPLERS, method, 'sampling.method')
-  _choose(grids.GRIDS, config.sampling.grid, 'sampling.grid')
-  sampling.check_frames(frames)
-  options = config.sampling.to_dict() | {'frames': frames}
-  options |= _predictor_corrector(config.sampling)
-  if method in plans.SOLVERS:
-    solver = plans.SOLVERS[method]
-    bound = _options_of(solver, options)
-    options['solver'] = functools.partial(solver, **bound)
-  sampler = functools.partial(sampler, **_options_of(sampler, options))
-  continuous = method in sampling.CONTINUOUS
-  sde = make_sde(config)
-  sde = sde.continuous if continuous else sde
-  scaled = functools.partial(
-    datasets.inverse_scaler, centered=config.data.centered
+  schema.check(config)
+  for line in schema.unused(config):
+    warnings.warn(line, stacklevel=2)
+  data, num_scales = config.data, config.training.num_scales
+  owned = {'num_scales': num_scales, 'centered': data.centered}
+  sde = options.build(sde_lib.SDES, config.sde, 'sde.name', **owned)
+  owned['data_width'] = 2.0 if data.centered else 1.0
+  table = models.MODELS | models.CLASSIFIERS
+  network = options.build(table, config.model, 'model.name', **owned)
+  conditioning = options.build(
+    score.CONDITIONINGS, config.model, 'model.conditioning', **owned
   )
-  classes = 0 if wrap else num_labels(config)
-  if classes:
-    wrap = functools.partial(
-      controllable_generation.classifier_free_guidance,
-      scale=config.control.scale,
+  if hasattr(conditioning, 'sigma_data'):
+    owned['sigma_data'] = conditioning.sigma_data
+  if data.dataset in toy.DISTRIBUTIONS:
+    owned['target'] = toy.DISTRIBUTIONS[data.dataset].score_fn(sde)
+  classifier = config.model.name in models.CLASSIFIERS
+  training = config.training.to_dict()
+  training['loss'] = 'classification' if classifier else 'score_matching'
+  loss_fn = options.build(losses.LOSSES, training, 'training.loss', **owned)
+  sampler = None
+  if not classifier:
+    sampler = options.build(
+      sampling.SAMPLERS, config.sampling, 'sampling.method', **owned
     )
-
-  def sample(params, rng, z=None, **given):
-    rng, rng_prior = jax.random.split(rng)
-    if classes and 'label' not in given:
-      rng_label = jax.random.fold_in(rng_prior, 1)
-      given['label'] = jax.random.randint(rng_label, (batch_size,), 0, classes)
-    if z is None:
-      z = sde.prior_sample(rng_prior, image_shape(config, batch_size))
-    score_fn = make_score_fn(config, params, continuous=continuous)
-    if wrap:
-      score_fn = wrap(score_fn, sde, **given)
-    samples = sampler(rng, score_fn, sde, z)
-    result = scaled(samples.x), samples.nfe, samples.success
-    if frames:
-      result += scaled(samples.frames), samples.times
-    return result
-
-  return sample
-
-
-def make_bits_per_dim(config):
-  """bits_per_dim(params, rng, image) -> ([B], [B], nfe, success).
-
-  The bits/dim and their standard errors over probes, see `Likelihood`. uint8
-  images are dequantised uniformly: the bits/dim of the 8-bit data are bounded
-  from above by those of the density over [0, 256) (Theis et al. 2016). Those of
-  points are of their density as it is.
-  """
-  sde, data, options = make_sde(config).continuous, config.data, config.eval
-  draw = _choose(
-    likelihood.PROBES | {'exact': None}, options.bpd_trace, 'eval.bpd_trace'
+  model = Experiment(
+    config=config,
+    sde=sde,
+    network=network,
+    conditioning=conditioning,
+    loss_fn=loss_fn,
+    optimizer=losses.make_optimizer(losses.Adam(**config.optim)),
+    sampler=sampler,
   )
-  if options.bpd_probes < 1:
-    raise ValueError('config.eval.bpd_probes must be at least 1.')
-  width = 256 if data.dims else 2 if data.centered else 1
-
-  def bits_per_dim(params, rng, image):
-    rng_data, rng_probe = jax.random.split(rng)
-    x = datasets.preprocess(
-      rng_data,
-      image,
-      random_flip=False,
-      uniform_dequantization=True,
-      centered=data.centered,
-    )
-    result = likelihood.log_likelihood(
-      make_score_fn(config, params, continuous=True),
-      sde,
-      x,
-      draw and draw(rng_probe, (options.bpd_probes, *x.shape)),
-      eps=options.bpd_eps,
-      rtol=config.sampling.rtol,
-      atol=config.sampling.atol,
-    )
-    bits = likelihood.bits_per_dim(result.logp, x[0].size, data_width=width)
-    error = result.std_error / likelihood.nats_per_bit(x[0].size)
-    return bits, error, result.nfe, result.success
-
-  return bits_per_dim
+  _check(model)
+  return model
 
 
-def make_encoder(config):
-  """encode(params, image) -> (z, nfe, success).
-
-  z [B, H, W, C] are the latent codes of uint8 images (or points), at t = 1; the
-  images are put at t = sampling.eps, where `make_decoder` ends.
-  """
-  sde, options = make_sde(config).continuous, config.sampling
-
-  def encode(params, image):
-    x = datasets.preprocess(
-      jax.random.key(0),  # Not used: nothing here is random.
-      image,
-      random_flip=False,
-      uniform_dequantization=False,
-      centered=config.data.centered,
-    )
-    return likelihood.encode(
-      make_score_fn(config, params, continuous=True),
-      sde,
-      x,
-      eps=options.eps,
-      rtol=options.rtol,
-      atol=options.atol,
-    )
-
-  return encode
-
-
-def make_decoder(config, batch_size):
-  """decode(params, z) -> (images, nfe, success), the inverse of the encoder.
-
-  The probability-flow ODE, whatever samples are made by, with no denoising at
-  its end.
-  """
-  config = config.copy_and_resolve_references()
-  config.sampling.update(method='ode', final_denoise=False)
-  config.control.scale = 0.0  # As the encoder, which is told no class.
-  sample = make_sampler(config, batch_size)
-  return lambda params, z: sample(params, jax.random.key(0), z)
-
-
-def check_labels(config, dataset):
-  """Raises a ValueError unless config.model has the classes of a dataset."""
-  key = 'num_outputs' if is_classifier(config) else 'num_labels'
-  wanted = config.model.get(key, 0)
-  if wanted and wanted != dataset.num_classes:
-    raise ValueError(
-      f'config.model.{key}={wanted}, but {dataset.name} has '
-      f'{dataset.num_classes} classes.'
-    )
-
-
-def check(config):
-  """Raises a ValueError, with the mend, for a config that cannot run."""
-  make_loss_fn(config, train=True)
-  if is_classifier(config):
+def _check(model):
+  """Raise ValueError for what single keys cannot tell."""
+  config, training = model.config, model.config.training
+  model.loss_fn.check(model.sde)
+  model.abstract_params()  # Traces the network.
+  if model.is_classifier:
     for section, key in (
       ('training', 'snapshot_sampling'),
       ('eval', 'enable_sampling'),
@@ -449,33 +414,111 @@ def check(config):
     ):
       if config[section][key]:
         raise ValueError(
-          f'config.model is a classifier, which has no samples or likelihood: '
-          f'config.{section}.{key} must be False.'
+          'config.model is a classifier, which has no samples or likelihood: '
+          f'set config.{section}.{key}=False.'
         )
   else:
-    make_score_fn(config, None)
-    # Traced with a score that costs nothing: grids may be too coarse.
-    sample = make_sampler(
-      config,
-      1,
-      wrap=lambda score_fn, sde: lambda x, t: x,
-      frames=config.sampling.frames,
-    )
+    # With a score that costs nothing: the grid may be too coarse.
+    free = lambda score_fn, sde: lambda x, t: x
+    sample = model.make_sample(1, guide=free, frames=config.sampling.frames)
     jax.eval_shape(sample, None, jax.random.key(0))
-    make_bits_per_dim(config)
-  training = config.training
-  if training.grad_accumulation < 1 or training.n_jitted_steps < 1:
-    raise ValueError(
-      'config.training.grad_accumulation and n_jitted_steps must be at least 1.'
-    )
   if training.batch_size % training.grad_accumulation:
     raise ValueError(
       f'config.training.batch_size={training.batch_size} does not divide by '
-      f'grad_accumulation={training.grad_accumulation}.'
+      f'config.training.grad_accumulation={training.grad_accumulation}.'
     )
   for key in ('log_freq', 'eval_freq', 'checkpoint_freq', 'snapshot_freq'):
-    if training[key] % training.n_jitted_steps:
+    steps = training.n_jitted_steps
+    if training[key] % steps:
       raise ValueError(
         f'config.training.{key}={training[key]} is not a multiple of '
-        f'n_jitted_steps={training.n_jitted_steps}.'
+        f'config.training.n_jitted_steps={steps}: use '
+        f'{math.ceil(training[key] / steps) * steps}.'
       )
+
+
+def check_labels(model, dataset):
+  """Raise ValueError unless the network has the classes of a data set."""
+  key = 'num_outputs' if model.is_classifier else 'num_labels'
+  wanted = model.config.model.get(key, 0)
+  if wanted and wanted != dataset.num_classes:
+    raise ValueError(
+      f'config.model.{key}={wanted}, but {dataset.name} has '
+      f'{dataset.num_classes} classes.'
+    )
+
+
+# ------------------------------------------------------------------- loading
+
+
+def load_config(path) -> ml_collections.ConfigDict:
+  """Return the ConfigDict of a file: a .py with get_config(), or a .json.
+
+  Args:
+    path: such as configs/quickstart.py, or the config.json of a run.
+
+  Raises:
+    FileNotFoundError, ValueError: there is none, or it is no config.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise FileNotFoundError(f'There is no config file {path}.')
+  if path.suffix == '.json':
+    try:
+      return schema.from_dict(json.loads(path.read_text()))
+    except (json.JSONDecodeError, AttributeError) as error:
+      raise ValueError(f'{path} is no config: {error}') from None
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config()
+
+
+def json_of(config) -> dict[str, Any]:
+  """Return a ConfigDict as nested dicts that JSON can hold."""
+  return json.loads(config.to_json_best_effort())
+
+
+def claim(config, folder, *, write=True):
+  """Make a workdir that of a config; see `checkpoints.workdir.claim`.
+
+  Args:
+    config: a ConfigDict.
+    folder: the workdir.
+    write: False to check only.
+
+  Raises:
+    ValueError: the workdir belongs to a run with other data, another process or
+      another network.
+  """
+  workdir.claim(
+    folder,
+    json_of(config),
+    schema.marked(config, 'run'),
+    write=write,
+    upgrade=schema.upgrade,
+  )
+
+
+def run_config(folder) -> ml_collections.ConfigDict:
+  """Return the config that a run was trained with, from its workdir."""
+  return schema.from_dict(workdir.read_config(folder))
+
+
+def load(path, which='last'):
+  """Return (Experiment, averaged parameters) of a run or of an exported file.
+
+  Args:
+    path: workdir of a run, or a .safetensors file of `--mode export`.
+    which: checkpoint of the run: 'last', 'best' or a step.
+
+  Raises:
+    FileNotFoundError, ValueError: there is none, or it is damaged.
+  """
+  if pathlib.Path(path).is_dir():
+    model = build(run_config(path))
+    params = workdir.restore_ema(path, model.abstract_params(), which)
+    return model, params
+  model = build(schema.from_dict(formats.exported_config(path)))
+  released = formats.load(path, model.network, model.shape(1))
+  return model, jax.tree.map(jnp.asarray, released.ema_params)

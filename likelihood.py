@@ -5,61 +5,75 @@ d log p / dt = -div F, so that (Eq. 39)
 
     log p_0(x_0) = log p_1(x_1) + int_0^1 div F(x_t, t) dt.
 
-The divergence is the trace of dF/dx: exact, from one Jacobian-vector product a
-dimension, or Skilling and Hutchinson's estimate e^T (dF/dx) e (Eq. 40), one
-product a probe e. The forward pass that gives the drift serves them all.
+The divergence is the trace of dF/dx. It is either exact, from one
+Jacobian-vector product per dimension, or Skilling and Hutchinson's estimate
+e^T (dF/dx) e (Eq. 40), from one product per probe e. All products share the
+forward pass that computes the drift.
 
-x_1 is the latent code of x_0. The ODE's solution depends on the data's
-distribution alone, so any two networks that know the score agree on it.
+x_1 is the latent code of x_0. The solution of the ODE depends only on the
+distribution of the data, so all networks that know the score agree on it.
 """
 
 import math
 import typing
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, Real
 
+import sde_lib
 from solvers import ode
+from solvers.base import Rng, ScoreFn, State
+
+Probes = Float[ArrayLike, 'K B *dims']
 
 
 class Likelihood(typing.NamedTuple):
   """Densities and latent codes of data.
 
   Attributes:
-    logp: [B], in nats; the mean over probes.
-    std_error: [B], in nats, the standard error of logp over probes; 0 for the
-      exact trace, NaN for a single probe, which cannot tell.
+    logp: log-densities [B] in nats; the mean over probes.
+    std_error: standard errors of logp over probes, [B], in nats; 0 for the
+      exact trace, NaN for a single probe, which does not show its error.
     z: latent codes, shaped as the data.
-    nfe: drift evaluations.
+    nfe: number of drift evaluations.
     success: whether the ODE solver reached t = 1.
   """
 
-  logp: jax.Array
-  std_error: jax.Array
-  z: jax.Array
-  nfe: jax.Array
-  success: jax.Array
+  logp: Float[Array, ' B']
+  std_error: Float[Array, ' B']
+  z: Float[Array, ' B *dims']
+  nfe: Int[Array, '']
+  success: Bool[Array, '']
 
 
-def rademacher(rng, shape):
-  """Probes of independent, equally likely +1 and -1; the paper's choice.
+def rademacher(rng: Rng, shape: Sequence[int]) -> Float[Array, '...']:
+  """Draw probes of independent, equally likely +1 and -1; the paper's choice.
 
-  Of all probes of independent entries they have the least variance: that of the
-  Jacobian's off-diagonal entries alone.
+  Among probes with independent entries they have the least variance: only the
+  off-diagonal entries of the Jacobian contribute.
   """
   return jax.random.rademacher(rng, shape, dtype=jnp.float32)
 
 
-def gaussian(rng, shape):
-  """Standard normal probes."""
+def gaussian(rng: Rng, shape: Sequence[int]) -> Float[Array, '...']:
+  """Draw standard normal probes."""
   return jax.random.normal(rng, shape)
 
 
 PROBES = {'rademacher': rademacher, 'gaussian': gaussian}
 
 
-def drift_and_divergence(score_fn, sde, x, t, probes=None):
-  """(F(x, t), div F(x, t)), shaped as x and [K, B], by one forward pass.
+def drift_and_divergence(
+  score_fn: ScoreFn,
+  sde: sde_lib.SDE,
+  x: State,
+  t: Float[ArrayLike, ' B'],
+  probes: Probes | None = None,
+) -> tuple[Float[Array, ' B *dims'], Float[Array, 'K B']]:
+  """Return (F(x, t), div F(x, t)) by one forward pass.
 
   Args:
     score_fn: score_fn(x, t) -> score.
@@ -67,11 +81,14 @@ def drift_and_divergence(score_fn, sde, x, t, probes=None):
     x: state [B, ...].
     t: times [B].
     probes: K probes e of identity covariance, [K, B, ...], for the estimates
-      e^T (dF/dx) e; None for the exact trace, with K = 1, which costs a product
-      for each dimension of x.
+      e^T (dF/dx) e; None for the exact trace, with K = 1, which costs one
+      product per dimension of x.
+
+  Returns:
+    F shaped as x, and its divergences [K, B].
   """
-  # Forward mode: in loops on CPUs XLA runs the convolutions of a vjp nine times
-  # slower, and e^T (J e) is the same number as (e^T J) e.
+  # Forward mode, because in loops on CPUs XLA runs the convolutions of a vjp
+  # nine times slower, and e^T (J e) is the same number as (e^T J) e.
   drift, jacobian = jax.linearize(
     lambda x: sde.ode_drift(x, t, score_fn(x, t)), x
   )
@@ -88,15 +105,22 @@ def drift_and_divergence(score_fn, sde, x, t, probes=None):
     unit = jax.nn.one_hot(i, dims).reshape(x.shape[1:])
     return form(jnp.broadcast_to(unit, x.shape))
 
-  # Some at once, as memory may not hold a large image's all.
+  # Only 16 at once, because all of a large image may exceed the memory.
   entries = jax.lax.map(diagonal, jnp.arange(dims), batch_size=min(dims, 16))
   return drift, jnp.sum(entries, axis=0, keepdims=True)
 
 
 def log_likelihood(
-  score_fn, sde, x, probes=None, *, eps=1e-5, rtol=1e-5, atol=1e-5
+  score_fn: ScoreFn,
+  sde: sde_lib.SDE,
+  x: State,
+  probes: Probes | None = None,
+  *,
+  eps: Real[ArrayLike, ''] = 1e-5,
+  rtol: Real[ArrayLike, ''] = 1e-5,
+  atol: Real[ArrayLike, ''] = 1e-5,
 ) -> Likelihood:
-  """log p_0(x) in nats, [B], by the ODE from eps to 1 (Eq. 39).
+  """Return log p_0(x) in nats, [B], by the ODE from eps to 1 (Eq. 39).
 
   All probes share one solution of the ODE, and its steps.
 
@@ -104,9 +128,10 @@ def log_likelihood(
     score_fn: score_fn(x, t) -> score, in continuous time.
     sde: the forward process.
     x: data [B, ...] in the model's range.
-    probes: [K, B, ...], of `PROBES`; None for the exact trace.
-    eps: time at which the data are put.
-    rtol, atol: tolerances of the ODE solver.
+    probes: probes [K, B, ...] drawn by one of `PROBES`; None for the exact
+      trace.
+    eps: time in (0, 1) at which x is taken to be the state of the ODE.
+    rtol, atol: relative and absolute tolerance of the ODE solver.
   """
 
   def augmented(t, state):
@@ -128,13 +153,20 @@ def log_likelihood(
 
 
 def encode(
-  score_fn, sde, x, *, eps=1e-5, rtol=1e-5, atol=1e-5
+  score_fn: ScoreFn,
+  sde: sde_lib.SDE,
+  x: State,
+  *,
+  eps: Real[ArrayLike, ''] = 1e-5,
+  rtol: Real[ArrayLike, ''] = 1e-5,
+  atol: Real[ArrayLike, ''] = 1e-5,
 ) -> ode.OdeSolution:
-  """Latent codes y [B, ...] of data x, the ODE's states at t = 1.
+  """Return the latent codes y [B, ...] of data x: the ODE's states at t = 1.
 
-  `sampling.ode_sample` from y decodes them.
+  The sampler `ode.ODE`, started from y, decodes them.
 
-  Args: as `log_likelihood`.
+  Args:
+    score_fn, sde, x, eps, rtol, atol: as in `log_likelihood`.
   """
 
   def drift(t, x):
@@ -144,20 +176,22 @@ def encode(
   return ode.solve_ode(drift, x, eps, 1.0, rtol=rtol, atol=atol)
 
 
-def interpolate(z0, z1, weights):
-  """Latent codes between z0 and z1 on a great circle, [K, B, ...].
+def interpolate(
+  z0: State, z1: State, weights: Real[ArrayLike, ' K']
+) -> Float[Array, 'K B *dims']:
+  """Return latent codes between z0 and z1 on a great circle, [K, B, ...].
 
-  Gaussian codes of many dimensions lie about a sphere, which straight lines
-  would leave; this keeps to it (slerp).
+  Gaussian codes of many dimensions lie close to a sphere. Straight lines would
+  leave it; spherical interpolation (slerp) stays on it.
 
   Args:
     z0, z1: latent codes [B, ...].
-    weights: [K], 0 for z0 to 1 for z1.
+    weights: positions [K], from 0 for z0 to 1 for z1.
   """
   flat0, flat1 = (z.reshape(z.shape[0], -1) for z in (z0, z1))
   norms = jnp.linalg.norm(flat0, axis=1) * jnp.linalg.norm(flat1, axis=1)
   cosine = jnp.sum(flat0 * flat1, axis=1) / norms
-  # Codes in one direction have no circle: the limit there is the straight line.
+  # Codes in the same direction define no circle: the limit is a straight line.
   angle = jnp.arccos(jnp.clip(cosine, -1 + 1e-6, 1 - 1e-6))
 
   def at(w):
@@ -169,12 +203,15 @@ def interpolate(z0, z1, weights):
   return jax.vmap(at)(jnp.asarray(weights, jnp.float32))
 
 
-def bits_per_dim(logp, dims, *, data_width):
-  """Bits per dimension of dequantised 8-bit data, shaped as logp.
+def bits_per_dim(
+  logp: Float[ArrayLike, '*B'], dims: int, *, data_width: float | int
+) -> Float[ArrayLike, '*B']:
+  """Return the bits per dimension of dequantized 8-bit data, shaped as logp.
 
-  A density over data scaled to an interval of width w becomes one over the 256
-  grey levels by adding log2(256 / w) to -log2 p per dimension: 8 bits for
-  [0, 1], 7 for [-1, 1], and none for data of no levels, whose "width" is 256.
+  A density over data scaled to an interval of width w becomes a density over
+  the 256 grey levels by adding log2(256 / w) to -log2 p per dimension: 8 bits
+  for [0, 1], 7 for [-1, 1], and 0 for data without levels, whose "width" is
+  256.
 
   Args:
     logp: log-density in nats.
@@ -184,6 +221,6 @@ def bits_per_dim(logp, dims, *, data_width):
   return -logp / nats_per_bit(dims) + math.log2(256 / data_width)
 
 
-def nats_per_bit(dims):
-  """Nats of one example that are a bit per dimension."""
+def nats_per_bit(dims: int) -> float:
+  """Return the nats of one example that equal one bit per dimension."""
   return dims * math.log(2)

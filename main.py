@@ -1,76 +1,118 @@
-"""Trains, samples and evaluates score-based models.
+"""Train, sample from and evaluate score-based models.
 
   python main.py --config configs/quickstart.py --workdir W --mode train
+  python main.py --workdir W --mode eval
 
-Modes: train; eval (loss, bits/dim, FID and the like of checkpoints, or of
---samples); sample; encode (test images to latent codes, and back, between and
-beyond); stats (reference statistics of the config's dataset);
-import (a released --checkpoint into workdir); export (to --output).
+Every mode but train, stats and import reads the config of the run in workdir if
+there is no --config. --config.KEY=VALUE overrides a key; --help_config prints
+all keys.
 """
 
-import argparse
+import ast
 import os
-import pathlib
 import sys
 import warnings
 
 import jax
 from absl import app, flags
-from ml_collections import config_flags
 
 import experiment
-from configs import base
+import run_lib
+from commands import control, encode, evaluate, exchange, sample, stats
+from configs import schema
+from runtime.files import cache_dir
 
 FLAGS = flags.FLAGS
-MODES = (
-  'train', 'eval', 'sample', 'encode', 'stats', 'import', 'export',
-)  # fmt: skip
-config_flags.DEFINE_config_file('config', None, 'Configuration.')
-flags.DEFINE_string('workdir', None, 'Folder of the run.')
+MODES = {
+  'train': lambda config: run_lib.train(config, FLAGS.workdir),
+  'eval': lambda config: _evaluate(config),
+  'sample': lambda config: _sample(config),
+  'encode': lambda config: encode.encode(config, FLAGS.workdir),
+  'stats': lambda config: stats.stats(config, FLAGS.workdir),
+  'import': lambda config: exchange.import_released(
+    config, FLAGS.workdir, FLAGS.checkpoint
+  ),
+  'export': lambda config: exchange.export(config, FLAGS.workdir, FLAGS.output),
+}
+flags.DEFINE_string(
+  'config', '', "A file of configs/, or a run's config.json; '' for workdir's."
+)
+flags.DEFINE_string('workdir', '', 'Folder of the run.')
 flags.DEFINE_enum('mode', None, MODES, 'What to do.')
 flags.DEFINE_string('eval_folder', 'eval', 'Folder of results in workdir.')
 flags.DEFINE_string('samples', '', 'Evaluate this .npz or folder of images.')
 flags.DEFINE_string('checkpoint', '', 'Released checkpoint to import.')
 flags.DEFINE_string('output', '', 'FILE.safetensors, or folder for diffusers.')
 flags.DEFINE_string('coordinator', '', 'HOST:PORT of process 0, if several.')
-flags.DEFINE_integer('num_processes', 1, 'Processes in all.')
+flags.DEFINE_integer('num_processes', 1, 'Number of processes.')
 flags.DEFINE_integer('process_id', 0, 'Number of this process, from 0.')
-flags.mark_flags_as_required(['config', 'workdir', 'mode'])
+flags.DEFINE_bool('help_config', False, 'Print all keys of configs.')
 
 
-def run():
-  import run_lib
-  from commands import control, encode, evaluate, exchange, stats
+def _evaluate(config):
+  if FLAGS.samples:
+    images = FLAGS.samples, FLAGS.eval_folder
+    evaluate.evaluate_images(config, FLAGS.workdir, *images)
+  else:
+    evaluate.evaluate(config, FLAGS.workdir, FLAGS.eval_folder)
 
-  config, workdir = FLAGS.config, FLAGS.workdir
-  match FLAGS.mode:
-    case 'train':
-      run_lib.train(config, workdir)
-    case 'eval' if FLAGS.samples:
-      evaluate.evaluate_images(
-        config, workdir, FLAGS.samples, FLAGS.eval_folder
-      )
-    case 'eval':
-      evaluate.evaluate(config, workdir, FLAGS.eval_folder)
-    case 'sample' if config.control.name:
-      control.sample(config, workdir)
-    case 'sample':
-      evaluate.sample(config, workdir)
-    case 'encode':
-      encode.encode(config, workdir)
-    case 'stats':
-      stats.stats(config, workdir)
-    case 'import':
-      exchange.import_released(config, workdir, FLAGS.checkpoint)
-    case 'export':
-      exchange.export(config, workdir, FLAGS.output)
+
+def _sample(config):
+  command = control if config.control.name else sample
+  command.sample(config, FLAGS.workdir)
+
+
+class _TupleParser(flags.ArgumentParser):
+  """Parses '(1, 2)', '[1, 2]' and '1,2'."""
+
+  def parse(self, argument):
+    if isinstance(argument, tuple):
+      return argument
+    try:
+      value = ast.literal_eval(argument)
+    except (SyntaxError, ValueError):
+      raise ValueError(f'{argument!r} is no tuple such as (1, 2)') from None
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def define_overrides():
+  """Define a flag --config.KEY for every key of `configs.schema`."""
+  define = {
+    bool: flags.DEFINE_bool,
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+  }
+  for path, key in schema.KEYS.items():
+    name, wanted = f'config.{path}', key.option.type
+    if key.option.table is None and isinstance(key.option.default, tuple):
+      serializer = flags.ArgumentSerializer()
+      parser = _TupleParser()
+      flags.DEFINE(parser, name, None, key.option.meaning, FLAGS, serializer)
+    else:
+      make = define.get(wanted, flags.DEFINE_string)
+      make(name, None, key.option.meaning)
+
+
+def read_config():
+  """Return the ConfigDict that the flags ask for."""
+  if FLAGS.config:
+    config = experiment.load_config(FLAGS.config)
+  elif FLAGS.mode in ('train', 'import'):
+    raise ValueError(
+      f'--mode {FLAGS.mode} needs --config, such as configs/quickstart.py.'
+    )
+  else:
+    config = experiment.run_config(FLAGS.workdir)
+  for path in schema.KEYS:
+    if FLAGS[f'config.{path}'].present:
+      schema.override(config, path, FLAGS[f'config.{path}'].value)
+  return config
 
 
 def configure_jax():
-  """Compiled programs are kept, and hosts find each other."""
-  cache = pathlib.Path('~/.cache/score_sde/jax').expanduser()
+  """Keep compiled programs, and let hosts find each other."""
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-    jax.config.update('jax_compilation_cache_dir', str(cache))
+    jax.config.update('jax_compilation_cache_dir', str(cache_dir() / 'jax'))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
   if FLAGS.coordinator:
@@ -81,35 +123,39 @@ def configure_jax():
     jax.distributed.initialize()  # srun tells all that is needed.
 
 
-def check_overrides(argv):
-  """Exits with one line if --config.KEY names a key that does not exist."""
-  parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-  parser.add_argument('--config')
-  known, rest = parser.parse_known_args(argv)
-  if not known.config:
-    return
+def parse(argv):
+  """Parse the command line once; exit with one line if it is wrong."""
   try:
-    config = experiment.load_config(known.config)
-  except (OSError, KeyError, ValueError) as error:
-    sys.exit(f'error: {error.args[-1] if error.args else error}')
-  leaves = set(base.leaves(config))
-  for argument in rest:
-    name, dot, key = argument.lstrip('-').partition('=')[0].partition('.')
-    if name == 'config' and dot and key not in leaves:
-      sys.exit(f'error: {base.unknown_key(config, key)}')
+    rest = FLAGS(argv)[1:]
+    if rest:
+      raise flags.Error(f'Unknown argument {rest[0]!r}.')
+    if not FLAGS.help_config:
+      for name in ('mode', 'workdir'):
+        if not FLAGS[name].value:
+          raise flags.Error(f'--{name} is missing; see --help.')
+  except flags.Error as error:
+    unknown = getattr(error, 'flagname', '')
+    if unknown.startswith('config.'):
+      error = schema.unknown(unknown.removeprefix('config.'))
+    sys.exit(f'error: {error}')
+  return argv[:1]
 
 
 def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f'Unknown argument {argv[1]!r}.')
-  configure_jax()
+  del argv
+  if FLAGS.help_config:
+    print(schema.text())
+    return
   warnings.formatwarning = lambda text, *_, **__: f'warning: {text}\n'
   try:
-    run()
-  except (ValueError, OSError, FloatingPointError) as error:
-    sys.exit(f'error: {error}')
+    configure_jax()
+    MODES[FLAGS.mode](read_config())
+  except (ValueError, KeyError, OSError, FloatingPointError) as error:
+    text = error.args[0] if isinstance(error, KeyError) else error
+    sys.exit(f'error: {text}')
 
+
+define_overrides()
 
 if __name__ == '__main__':
-  check_overrides(sys.argv[1:])
-  app.run(main)
+  app.run(main, flags_parser=parse)

@@ -1,17 +1,20 @@
-"""Training and sampling over all devices of all hosts.
+"""Training over all devices of all hosts: state, step, and a loop with hooks.
 
 One program runs on every host; arrays are global. The state is replicated, the
-batch is split along the only axis of the mesh, and `jax.jit` puts in the
-communication: means over the batch are means over all devices' examples, and
-random numbers do not depend on the number of devices.
+batch is split along the only axis of the mesh, and `jax.jit` inserts the
+communication: means over the batch are means over the examples of all devices,
+and random numbers do not depend on the number of devices.
 """
 
 import collections
+import contextlib
+import dataclasses
 import math
 import pathlib
 import signal
 import time
 import typing
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +23,11 @@ import optax
 
 import experiment
 import losses
-from checkpoints.workdir import Checkpoints, claim_workdir
+from checkpoints.workdir import Checkpoints
+from data import batches as batching
 from data import datasets
-from reporting.pictures import save_samples
+from reporting import pictures
 from runtime.devices import (
-  Layout,
   check_divisible,
   make_layout,
   replicated,
@@ -34,7 +37,7 @@ from runtime.progress import Log, Progress, say
 
 # Images of the test set whose loss is logged in training, with fixed noise.
 EVAL_IMAGES = 1024
-# Samples in a snapshot's picture: a grid of images, or a cloud of points.
+# Samples in the picture of a snapshot: a grid of images, or a cloud of points.
 SNAPSHOT_IMAGES, SNAPSHOT_POINTS = 64, 2048
 # What the loss sees of a batch.
 _FIELDS = ('image', 'label')
@@ -53,58 +56,47 @@ class TrainState(typing.NamedTuple):
   ema: typing.Any
 
 
-# ---------------------------------------------------------------- training
+# ------------------------------------------------------------- state and step
 
 
-def make_init(config, layout):
-  """init() -> TrainState on the devices, replicated."""
-  optimizer = experiment.make_optimizer(config)
+def make_init(model, layout):
+  """Return init(params) -> TrainState and place() -> TrainState.
+
+  `place` draws parameters and puts the state on all devices, replicated.
+  """
 
   def init(params):
     zeros = jnp.zeros((), jnp.int32)
     ema = jax.tree.map(jnp.copy, params)
-    return TrainState(zeros, params, optimizer.init(params), ema)
+    return TrainState(zeros, params, model.optimizer.init(params), ema)
 
   def place():
-    params = experiment.init_params(config, jax.random.key(config.seed))
-    # Made on the devices by jit: device_put may alias, and aliases of a
+    params = model.init_params(jax.random.key(model.config.seed))
+    # Made on the devices by jit: device_put may alias, and an alias of a
     # donated buffer would be deleted with it.
     return jax.jit(init, out_shardings=layout.replicated)(params)
 
   return init, place
 
 
-def make_train_steps(config, layout):
-  """train_steps(state, batches) -> (state, losses [n]).
+def _mean_gradient(mean_loss, parts, unrolled):
+  """Return gradient(params, rng, batch) -> (loss, gradient), part by part.
 
-  Takes n steps in one compiled call on batches {'image', 'label'}, each
-  [n, parts, B / parts, ...], n of them as there are. What is random at a step
-  is a function of seed and step alone. The state is donated: pass each one
-  once.
+  Args:
+    mean_loss: mean_loss(params, rng, batch) -> scalar.
+    parts: number of parts that a batch is split into.
+    unrolled: whether the loop over parts is Python's.
   """
-  loss_fn = experiment.make_loss_fn(config, train=True)
-  optimizer = experiment.make_optimizer(config)
-  training = config.training
-  base_rng = jax.random.key(config.seed)
-  # XLA's gradient of a convolution's kernel is some 30 times slower within a
-  # loop on CPUs: there the loops are Python's.
-  shapes = jax.tree.leaves(experiment.abstract_params(config))
-  convolves = any(shape.ndim > 2 for shape in shapes)
-  unrolled = convolves and jax.default_backend() == 'cpu'
-
-  def mean_loss(params, rng, batch):
-    return jnp.mean(loss_fn(params, rng, batch))
+  value_and_grad = jax.value_and_grad(mean_loss)
+  if parts == 1:
+    return lambda params, rng, batch: value_and_grad(
+      params, rng, _row(batch, 0)
+    )
 
   def gradient(params, rng, batch):
-    """Mean loss and gradient over the parts of a batch, one at a time."""
-    parts = batch['image'].shape[0]
-    if parts == 1:
-      return jax.value_and_grad(mean_loss)(params, rng, _row(batch, 0))
-
     def part(total, inputs):
       i, batch = inputs
-      key = jax.random.fold_in(rng, i)
-      value = jax.value_and_grad(mean_loss)(params, key, batch)
+      value = value_and_grad(params, jax.random.fold_in(rng, i), batch)
       return jax.tree.map(lambda a, b: a + b / parts, total, value), None
 
     total = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
@@ -114,10 +106,28 @@ def make_train_steps(config, layout):
       return total
     return jax.lax.scan(part, total, (jnp.arange(parts), batch))[0]
 
+  return gradient
+
+
+def make_one_step(model, unrolled):
+  """Return one_step(state, batch) -> (state, loss), not compiled.
+
+  What is random at a step is a function of the seed and the step alone.
+  """
+  training = model.config.training
+  base_rng = jax.random.key(model.config.seed)
+
+  def mean_loss(params, rng, batch):
+    return jnp.mean(model.loss(params, rng, batch))
+
+  gradient = _mean_gradient(mean_loss, training.grad_accumulation, unrolled)
+
   def one_step(state, batch):
     rng = jax.random.fold_in(base_rng, state.step)
     loss, grads = gradient(state.params, rng, batch)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updates, opt_state = model.optimizer.update(
+      grads, state.opt_state, state.params
+    )
     params = optax.apply_updates(state.params, updates)
     step = state.step + 1
     decay = losses.ema_decay(
@@ -125,6 +135,22 @@ def make_train_steps(config, layout):
     )
     ema = optax.incremental_update(params, state.ema, 1 - decay)
     return TrainState(step, params, opt_state, ema), loss
+
+  return one_step
+
+
+def make_train_steps(model, layout):
+  """Return train_steps(state, batches) -> (state, losses [n]).
+
+  It takes n steps in one compiled call, on batches {'image', 'label'} of shape
+  [n, parts, B / parts, ...]. The state is donated: pass each state only once.
+  """
+  # On CPUs, XLA's gradient of a convolution's kernel is about 30 times slower
+  # inside a loop: there, the loops are Python's.
+  shapes = jax.tree.leaves(model.abstract_params())
+  convolves = any(shape.ndim > 2 for shape in shapes)
+  unrolled = convolves and jax.default_backend() == 'cpu'
+  one_step = make_one_step(model, unrolled)
 
   def compiled(function, sharding):
     return jax.jit(
@@ -150,17 +176,19 @@ def make_train_steps(config, layout):
   return one_at_a_time
 
 
-def make_eval_loss(config, layout):
-  """eval_loss(params, number, batch, mask) -> ({name: sum}, count).
+# ------------------------------------------------------------------ test loss
 
-  The sums of `experiment.make_test_fn`, with the same noise for the same batch
-  number, so checkpoints compare.
+
+def make_eval_loss(model, layout):
+  """Return eval_loss(params, number, batch, mask) -> ({name: sum}, count).
+
+  The sums are those of `Experiment.test_metrics`. The noise is a function of
+  the number of the batch, so that checkpoints compare.
   """
-  test_fn = experiment.make_test_fn(config)
 
   def eval_loss(params, number, batch, mask):
-    rng = jax.random.fold_in(jax.random.key(config.seed + 1), number)
-    values = test_fn(params, rng, batch)
+    rng = jax.random.fold_in(jax.random.key(model.config.seed + 1), number)
+    values = model.test_metrics(params, rng, batch)
     sums = {name: jnp.sum(v * mask) for name, v in values.items()}
     return sums, jnp.sum(mask)
 
@@ -172,8 +200,8 @@ def make_eval_loss(config, layout):
 
 
 def eval_batches(dataset, batch_size, layout, start=0):
-  """Yields (number, {'image', 'label'}, mask), global, of a whole dataset."""
-  batches = datasets.eval_batches(
+  """Yield (number, {'image', 'label'}, mask), global, of a whole data set."""
+  batches = batching.eval_batches(
     dataset,
     batch_size=batch_size,
     process_index=jax.process_index(),
@@ -187,7 +215,16 @@ def eval_batches(dataset, batch_size, layout, start=0):
 
 
 def test_loss(eval_loss, params, dataset, batch_size, layout, limit=None):
-  """{name: mean per example} over (at least `limit` images of) a dataset."""
+  """Return {name: mean per example} over a data set.
+
+  Args:
+    eval_loss: of `make_eval_loss`.
+    params: parameters.
+    dataset: a Dataset.
+    batch_size: examples at a time.
+    layout: where arrays live.
+    limit: stop after the batch with which this many examples are reached.
+  """
   total, count = collections.Counter(), 0.0
   for number, batch, mask in eval_batches(dataset, batch_size, layout):
     part, n = eval_loss(params, number, batch, mask)
@@ -198,27 +235,21 @@ def test_loss(eval_loss, params, dataset, batch_size, layout, limit=None):
   return {name: value / count for name, value in total.items()}
 
 
-def _check_finite(values, first_step, last_good):
-  """Raises FloatingPointError naming the step of the first bad loss."""
-  if not np.isfinite(values).all():
-    bad = first_step + int(np.argmin(np.isfinite(values)))
-    raise FloatingPointError(
-      f'The loss at step {bad} is not finite. The last good checkpoint is '
-      f'{last_good}; a lower config.optim.lr may help.'
-    )
+# -------------------------------------------------------------------- batches
 
 
 def call_starts(start, end, n):
-  """Steps before which calls of n steps begin; they end at multiples of n.
+  """Return the steps before which calls of n steps begin.
 
-  A run that is resumed off the beat finds it again with its first call.
+  After a resume at a step that is not a multiple of n, the first call is
+  shorter, so that later calls end at multiples of n.
   """
   return [start, *range(start - start % n + n, end, n)]
 
 
-def make_fetch(config, dataset):
-  """fetch(step) -> this host's share of batches, each [n, parts, b, ...]."""
-  training = config.training
+def make_fetch(model, dataset):
+  """Return fetch(step) -> this host's part of batches, [n, parts, b, ...]."""
+  training = model.config.training
   parts = training.grad_accumulation
 
   def fetch(step):
@@ -227,11 +258,11 @@ def make_fetch(config, dataset):
       training.n_iters - step,
     )
     batches = [
-      datasets.train_batch(
+      batching.train_batch(
         dataset,
         number,
         batch_size=training.batch_size // parts,
-        seed=config.seed,
+        seed=model.config.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
       )
@@ -243,11 +274,157 @@ def make_fetch(config, dataset):
   return fetch
 
 
-class _Interrupt:
-  """Turns a SIGTERM into a flag, so that a run can save and stop.
+# ---------------------------------------------------------------------- hooks
 
-  Not on several hosts, which hear of it at different steps: there it kills, and
-  the run goes on from its last checkpoint.
+
+@dataclasses.dataclass
+class Moment:
+  """What hooks see after a compiled call of the training loop.
+
+  Attributes:
+    step: steps taken.
+    state: the TrainState; do not keep it, its buffers are donated.
+    losses: losses of the steps of this call, [n].
+    first: whether it is the first call of this process.
+    stopping: whether SIGTERM was received.
+    finished: whether it is the last call.
+    scalars: {name: number} to be logged; hooks add to it.
+  """
+
+  step: int
+  state: TrainState
+  losses: np.ndarray
+  first: bool
+  stopping: bool
+  finished: bool
+  scalars: dict[str, float] = dataclasses.field(default_factory=dict)
+
+  def due(self, *frequencies):
+    """Whether one of the frequencies (0 for never) falls on this step."""
+    return any(f and self.step % f == 0 for f in frequencies)
+
+
+Hook = Callable[[Moment], None]
+
+
+def _check_finite(values, first_step, last_good):
+  """Raise FloatingPointError that names the step of the first bad loss."""
+  if not np.isfinite(values).all():
+    bad = first_step + int(np.argmin(np.isfinite(values)))
+    raise FloatingPointError(
+      f'The loss at step {bad} is not finite. The last good checkpoint is '
+      f'{last_good}; a lower config.optim.lr may help.'
+    )
+
+
+def watch_loss(training, saved, begun) -> Hook:
+  """Return a hook that refuses bad losses and measures loss and speed."""
+  clock, clock_step = begun, 0
+
+  def hook(now):
+    nonlocal clock, clock_step
+    _check_finite(now.losses, now.step - len(now.losses) + 1, saved.last)
+    if now.first:
+      waited = time.monotonic() - begun
+      say(f'First step done after {waited:.1f} s.')
+      clock, clock_step = time.monotonic(), now.step
+    if now.due(training.log_freq):
+      now.scalars['loss'] = now.losses.mean()
+      taken = (now.step - clock_step) * training.batch_size
+      if taken:
+        seconds = time.monotonic() - clock
+        now.scalars['images_per_second'] = taken / seconds
+      clock, clock_step = time.monotonic(), now.step
+
+  return hook
+
+
+def watch_test_loss(model, layout, test_set, saved) -> Hook:
+  """Return a hook that measures the loss of averaged parameters on test data.
+
+  Every checkpoint has one, because the best is chosen by it.
+  """
+  training, eval_loss = model.config.training, make_eval_loss(model, layout)
+
+  def hook(now):
+    saving = training.checkpoint_freq, training.snapshot_freq
+    if now.due(training.eval_freq, *saving) or now.finished:
+      now.scalars |= test_loss(
+        eval_loss,
+        now.state.ema,
+        test_set,
+        training.batch_size,
+        layout,
+        limit=EVAL_IMAGES,
+      )
+      _check_finite([now.scalars['test_loss']], now.step, saved.last)
+
+  return hook
+
+
+def write_log(log, progress) -> Hook:
+  """Return a hook that writes the scalars of a step where there are any."""
+
+  def hook(now):
+    if now.scalars:
+      log.write(now.step, **now.scalars)
+      note = ' '.join(f'{k} {v:.4g}' for k, v in now.scalars.items())
+      progress(now.step, note)
+
+  return hook
+
+
+def save_checkpoint(training, saved) -> Hook:
+  """Return a hook that saves the state."""
+
+  def hook(now):
+    due = now.due(training.checkpoint_freq, training.snapshot_freq)
+    if due or now.finished:
+      saved.save(
+        now.step,
+        without_ema(now.state),
+        now.state.ema,
+        loss=now.scalars['test_loss'],
+      )
+    if now.stopping:
+      saved.wait()
+      say(f'Stopped by SIGTERM; step {now.step} is saved.')
+
+  return hook
+
+
+def draw_snapshot(model, layout, folder) -> Hook:
+  """Return a hook that draws a picture of samples."""
+  training, devices = model.config.training, jax.device_count()
+  n = SNAPSHOT_POINTS if model.config.data.dims else SNAPSHOT_IMAGES
+  # As many as a picture shows, rounded up to as many on every device.
+  sample = jax.jit(
+    model.make_sample(math.ceil(n / devices) * devices),
+    in_shardings=(layout.replicated, None),
+    out_shardings=layout.replicated,
+  )
+
+  def hook(now):
+    due = now.due(training.snapshot_freq) or now.finished
+    if not due or now.stopping:
+      return
+    x = sample(now.state.ema, jax.random.key(model.config.seed)).x
+    if jax.process_index() == 0:
+      path = folder / f'step_{now.step}.png'
+      pictures.save_samples(path, model.to_data(x))
+      say(f'Samples are in {path}.')
+
+  return hook
+
+
+# ----------------------------------------------------------------------- loop
+
+
+class _Interrupt:
+  """Turn SIGTERM into a flag, so that a run can save and stop.
+
+  With several hosts SIGTERM is not caught, because hosts would stop at
+  different steps: the run continues from its last checkpoint.
   """
 
   def __enter__(self):
@@ -265,12 +442,55 @@ class _Interrupt:
       signal.signal(signal.SIGTERM, self._before)
 
 
-def train(config, workdir):
-  """Trains, from the last checkpoint of workdir if there is one.
+def without_ema(state):
+  """Return the item `state` of a checkpoint: all but the average."""
+  return {k: v for k, v in state._asdict().items() if k != 'ema'}
 
-  Writes there config.json, train.jsonl, tensorboard/, checkpoints/ and
-  samples/step_N.png. A run that is killed and started again gives the numbers
-  of one that was not.
+
+def restore_or_init(model, layout, saved):
+  """Return (state, steps taken): of the last checkpoint, or a new one."""
+  init, place = make_init(model, layout)
+  if saved.last is None:
+    return place(), 0
+  like = jax.eval_shape(init, model.abstract_params())
+  like = replicated(like, layout)
+  ema = saved.restore(saved.last, like.ema, 'ema')
+  state = saved.restore(saved.last, without_ema(like), 'state')
+  say(f'Resuming at step {saved.last}.')
+  return TrainState(**state, ema=ema), saved.last
+
+
+def _prepare(config, workdir):
+  """Return (model, training set, test set); check all that can be wrong."""
+  model = experiment.build(config)
+  training = config.training
+  check_divisible(
+    training.batch_size // training.grad_accumulation,
+    'config.training.batch_size (divided by grad_accumulation)',
+  )
+  train_set = datasets.load(config.data, 'train')
+  test_set = datasets.load(config.data, 'test')
+  experiment.check_labels(model, train_set)
+  experiment.claim(config, workdir)
+  return model, train_set, test_set
+
+
+def _describe(model, state, train_set):
+  """Print one line of what is trained, on what."""
+  num_params = sum(v.size for v in jax.tree.leaves(state.params))
+  say(
+    f'{model.config.model.name}, {num_params / 1e6:.2f}M parameters, '
+    f'{jax.device_count()} {jax.devices()[0].platform} device(s), '
+    f'{len(train_set)} images of {train_set.name}; compiling.'
+  )
+
+
+def train(config, workdir):
+  """Train, from the last checkpoint of workdir if there is one.
+
+  Writes config.json, train.jsonl, tensorboard/, checkpoints/ and
+  samples/step_N.png in workdir. A run that is killed and started again gives
+  the same numbers as one that is not.
 
   Raises:
     ValueError: the config, the data or the workdir cannot be used.
@@ -278,181 +498,48 @@ def train(config, workdir):
   """
   begun = time.monotonic()
   training, workdir = config.training, pathlib.Path(workdir)
-  experiment.check(config)
-  check_divisible(
-    training.batch_size // training.grad_accumulation,
-    'config.training.batch_size (divided by grad_accumulation)',
-  )
-  train_set = datasets.load(config.data, 'train')
-  test_set = datasets.load(config.data, 'test')
-  experiment.check_labels(config, train_set)
-  claim_workdir(config, workdir)
-  layout = make_layout()
-  init, place = make_init(config, layout)
-
-  with (
-    Checkpoints(workdir, keep_every=training.snapshot_freq) as saved,
-    _Interrupt() as interrupt,
-  ):
-    start = saved.last
-    if start is None:
-      state, start = place(), 0
-    else:
-      like = jax.eval_shape(init, experiment.abstract_params(config))
-      like = replicated(like, layout)
-      ema = saved.restore(start, like.ema, 'ema')
-      state = TrainState(
-        **saved.restore(start, without_ema(like), 'state'), ema=ema
-      )
-      say(f'Resuming at step {start}.')
-    if start >= training.n_iters:
-      say(f'Nothing to do: {start} of {training.n_iters} steps done.')
+  model, train_set, test_set = _prepare(config, workdir)
+  layout, end = make_layout(), training.n_iters
+  with contextlib.ExitStack() as stack:
+    saved = stack.enter_context(
+      Checkpoints(workdir, keep_every=training.snapshot_freq)
+    )
+    interrupt = stack.enter_context(_Interrupt())
+    state, start = restore_or_init(model, layout, saved)
+    if start >= end:
+      say(f'Nothing to do: {start} of {end} steps are done.')
       return
-
-    train_steps = make_train_steps(config, layout)
-    eval_loss = make_eval_loss(config, layout)
+    train_steps = make_train_steps(model, layout)
+    log = stack.enter_context(Log(workdir, resumed_at=start))
+    hooks = [
+      watch_loss(training, saved, begun),
+      watch_test_loss(model, layout, test_set, saved),
+      write_log(log, Progress('step', end, 'steps', start=start)),
+      save_checkpoint(training, saved),
+    ]
     if training.snapshot_sampling:
-      sample = make_sample(config, layout, _snapshot_size(config))
-    num_params = sum(v.size for v in jax.tree.leaves(state.params))
-    say(
-      f'{config.model.name}, {num_params / 1e6:.2f}M parameters, '
-      f'{jax.device_count()} {jax.devices()[0].platform} device(s), '
-      f'{len(train_set)} images of {train_set.name}; compiling.'
+      hooks.append(draw_snapshot(model, layout, workdir / 'samples'))
+    _describe(model, state, train_set)
+    fetched = batching.prefetch(
+      make_fetch(model, train_set),
+      call_starts(start, end, training.n_jitted_steps),
     )
-
-    def measure():
-      return test_loss(
-        eval_loss,
-        state.ema,
-        test_set,
-        training.batch_size,
-        layout,
-        limit=EVAL_IMAGES,
+    for before, batches in fetched:
+      batches = to_global(layout.microbatches, batches)
+      state, step_losses = train_steps(state, batches)
+      step = before + len(batches['image'])
+      # Read once: what is said at the end must be what was done here.
+      stopping = interrupt.requested
+      moment = Moment(
+        step=step,
+        state=state,
+        losses=np.asarray(step_losses),  # Waits for the devices.
+        first=before == start,
+        stopping=stopping,
+        finished=stopping or step == end,
       )
-
-    progress = Progress('step', training.n_iters, 'steps', start=start)
-    fetched = datasets.prefetch(
-      make_fetch(config, train_set),
-      call_starts(start, training.n_iters, training.n_jitted_steps),
-    )
-    with Log(workdir, resumed_at=start) as log:
-      clock, clock_step = time.monotonic(), start
-      for before, batches in fetched:
-        state, step_losses = train_steps(
-          state, to_global(layout.microbatches, batches)
-        )
-        step = before + len(batches['image'])
-        # This waits for the device; the next batch is being fetched meanwhile.
-        step_losses = np.asarray(step_losses)
-        _check_finite(step_losses, before + 1, saved.last)
-        if before == start:
-          waited = time.monotonic() - begun
-          say(f'First step done after {waited:.1f} s.')
-          clock, clock_step = time.monotonic(), step
-
-        due = lambda freq, step=step: step % freq == 0
-        # Read once: what is said at the end must be what was done here.
-        stopping = interrupt.requested
-        finished = step == training.n_iters or stopping
-        scalars = {}
-        if due(training.log_freq):
-          now = time.monotonic()
-          taken = (step - clock_step) * training.batch_size
-          scalars['loss'] = step_losses.mean()
-          if taken:
-            scalars['images_per_second'] = taken / (now - clock)
-          clock, clock_step = now, step
-        saving = due(training.checkpoint_freq) or due(training.snapshot_freq)
-        if due(training.eval_freq) or saving or finished:
-          scalars |= measure()
-          _check_finite([scalars['test_loss']], step, saved.last)
-        if scalars:
-          log.write(step, **scalars)
-          note = ' '.join(f'{k} {v:.4g}' for k, v in scalars.items())
-          progress(step, note)
-        if saving or finished:
-          saved.save(
-            step, without_ema(state), state.ema, loss=scalars['test_loss']
-          )
-        snapshot = due(training.snapshot_freq) or finished
-        if training.snapshot_sampling and snapshot and not stopping:
-          images, _, _ = sample(state.ema, jax.random.key(config.seed))
-          if jax.process_index() == 0:
-            path = workdir / 'samples' / f'step_{step}.png'
-            save_samples(path, experiment.to_data(config, images))
-            say(f'Samples are in {path}.')
-        if stopping:
-          saved.wait()
-          say(f'Stopped by SIGTERM; step {step} is saved.')
-          break
-      saved.wait()
-
-
-def without_ema(state):
-  """The item `state` of a checkpoint: all but the averaged parameters."""
-  return {k: v for k, v in state._asdict().items() if k != 'ema'}
-
-
-# ---------------------------------------------------------------- sampling
-
-
-def _snapshot_size(config):
-  """About as many samples as a picture shows, as many on every device."""
-  n = SNAPSHOT_POINTS if config.data.dims else SNAPSHOT_IMAGES
-  return math.ceil(n / jax.device_count()) * jax.device_count()
-
-
-class Run(typing.NamedTuple):
-  """A trained model, and how to sample from it.
-
-  Attributes:
-    step: of the checkpoint.
-    params: its averaged parameters, on all devices.
-    layout: where arrays live.
-    batch_size: of samples, at most config.eval.batch_size.
-  """
-
-  step: int
-  params: typing.Any
-  layout: Layout
-  batch_size: int
-
-
-def restore(config, workdir, count) -> Run:
-  """The last checkpoint of config.eval.checkpoint, to make `count` samples of.
-
-  Raises:
-    FileNotFoundError, ValueError: there is none, or it is of another config.
-  """
-  devices = jax.device_count()
-  batch = min(config.eval.batch_size, math.ceil(count / devices) * devices)
-  check_divisible(batch, 'config.eval.batch_size')
-  layout = make_layout()
-  with Checkpoints(workdir) as saved:
-    step = saved.select(config.eval.checkpoint)[-1]
-    claim_workdir(config, workdir, write=False)
-    like = replicated(experiment.abstract_params(config), layout)
-    return Run(step, saved.restore(step, like, 'ema'), layout, batch)
-
-
-def make_sample(config, layout, batch_size, *, frames=0):
-  """sample(params, rng) -> (images [B, ...] on every host, nfe, success).
-
-  With frames, two more: see `experiment.make_sampler`.
-  """
-  sample = experiment.make_sampler(config, batch_size, frames=frames)
-  return jax.jit(
-    sample,
-    in_shardings=(layout.replicated, None),
-    out_shardings=layout.replicated,
-  )
-
-
-def check_success(config, success):
-  """Raises if an adaptive solver did not arrive; the others always do."""
-  if not success:
-    kind = 'sde_' if config.sampling.method == 'adaptive_sde' else ''
-    raise FloatingPointError(
-      f'The solver {config.sampling.method!r} did not reach t = eps; larger '
-      f'config.sampling.{kind}rtol and {kind}atol may help.'
-    )
+      for hook in hooks:
+        hook(moment)
+      if stopping:
+        break
+    saved.wait()

@@ -1,14 +1,14 @@
 r"""Forward diffusions (Song et al. 2021, arXiv 2011.13456, Sections 3 and B).
 
-Every process here is a linear SDE on t in [0, 1],
+Every process in this module is a linear SDE on t in [0, 1],
 
     dx = f(t) x dt + g(t) dw,    x_t = alpha(t) x_0 + sigma(t) z,  z ~ N(0, I),
 
-so two scalar functions, alpha and sigma, say all that there is to say:
+so the two scalar functions alpha and sigma determine everything else:
 f = (log alpha)' and g^2 = (sigma^2)' - 2 f sigma^2. Subclasses write the four
-functions in closed form, accurate in float32 down to t = 1e-5; everything else
-(perturbing, transitions, the prior, the reverse-time SDE of Eq. 6 and the
-probability-flow ODE of Eq. 13) is written once, in `SDE`.
+functions in closed form, accurate in float32 down to t = 1e-5. The class `SDE`
+contains the rest: noise, transitions, the prior, Tweedie's formula, the
+reverse-time SDE (Eq. 6) and the probability-flow ODE (Eq. 13).
 
 Times are arrays of shape [B] (or scalars); states x are [B, ...].
 """
@@ -16,58 +16,68 @@ Times are arrays of shape [B] (or scalars); states x are [B, ...].
 import abc
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Key, Real, Shaped
+
+from runtime.options import Options, option
+
+# Types of arguments and results, as the functions of this module use them.
+State = Float[ArrayLike, ' B *dims']
+Times = Real[ArrayLike, '*T']
+Pair = tuple[Float[Array, '*T'], Float[Array, '*T']]
 
 
-def expand(v, x):
-  """Reshapes v [B] (or a scalar) so that it multiplies x [B, ...]."""
+def expand(v: Shaped[ArrayLike, '...'], x: Shaped[ArrayLike, '...']) -> Array:
+  """Reshape v [B] (or a scalar) so that it multiplies x [B, ...]."""
   v = jnp.asarray(v)
   return v.reshape(v.shape + (1,) * (x.ndim - v.ndim))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SDE(abc.ABC):
-  """A linear forward SDE. Instances are hashable: static under `jax.jit`."""
+class SDE(Options, abc.ABC):
+  """Linear forward SDE. Instances are hashable: static under `jax.jit`."""
+
+  # Whether the process only adds noise: alpha(t) = 1 at all times.
+  variance_exploding = False
 
   @abc.abstractmethod
-  def marginal(self, t):
-    """(alpha, sigma), shaped as t: p(x_t | x_0) = N(alpha x_0, sigma^2 I)."""
+  def marginal(self, t: Times) -> Pair:
+    """Return (alpha, sigma) of p(x_t | x_0) = N(alpha x_0, sigma^2 I)."""
 
   @abc.abstractmethod
-  def coefficients(self, t):
-    """(f, g), each shaped as t, of dx = f x dt + g dw."""
+  def coefficients(self, t: Times) -> Pair:
+    """Return (f, g) of dx = f x dt + g dw, each shaped as t."""
 
   @abc.abstractmethod
-  def discretize(self, s, t):
-    """(a, v), shaped as t: the paper's step x_t = a x_s + sqrt(v) z, s < t.
+  def discretize(self, s: Real[ArrayLike, '...'], t: Times) -> Pair:
+    """Return (a, v) of the paper's chain x_t = a x_s + sqrt(v) z, s < t.
 
-    It is the Markov chain whose reversal is the reverse-diffusion and the
-    ancestral predictor (Appendices D and F of the paper).
+    The reverse-diffusion and the ancestral predictor reverse this Markov chain
+    (Appendices D and F of the paper).
     """
-
-  num_scales = 0  # levels of a discretely trained network; 0: continuous time
-  sigma_data = 0.0  # what EDM's networks and loss are scaled by; 0: unknown
 
   @property
   def continuous(self):
-    """The process in continuous time that ODEs and likelihoods are about."""
+    """Return the process in continuous time, for ODEs and likelihoods."""
     return self
 
   @property
   @abc.abstractmethod
-  def prior_std(self):
-    """Standard deviation of the Gaussian prior that stands in for p(x_1)."""
+  def prior_std(self) -> float:
+    """Return the standard deviation of the Gaussian prior, used for p(x_1)."""
 
-  def log_snr(self, t):
-    """log(alpha^2 / sigma^2), shaped as t; it falls strictly with t."""
+  def log_snr(self, t: Times) -> Float[Array, '*T']:
+    """Return log(alpha^2 / sigma^2), which decreases strictly with t."""
     alpha, sigma = self.marginal(t)
     return 2 * (jnp.log(alpha) - jnp.log(sigma))
 
-  def time(self, log_snr):
-    """The t in [0, 1] at which `log_snr(t)` is `log_snr`, by bisection."""
+  def time(self, log_snr: Times) -> Float[Array, '*T']:
+    """Return the t in [0, 1] with this `log_snr(t)`, found by bisection."""
 
     def halve(_, bounds):
       low, high = bounds
@@ -79,13 +89,30 @@ class SDE(abc.ABC):
     low, high = jax.lax.fori_loop(0, 40, halve, bounds)
     return 0.5 * (low + high)
 
-  def perturb(self, x0, t, z):
-    """x_t = alpha x_0 + sigma z, for noise z shaped as x0 (Eq. 29)."""
+  def perturb(
+    self, x0: State, t: Real[ArrayLike, '...'], z: State
+  ) -> Float[Array, ' B *dims']:
+    """Return x_t = alpha x_0 + sigma z for noise z shaped as x0 (Eq. 29)."""
     alpha, sigma = self.marginal(t)
     return expand(alpha, x0) * x0 + expand(sigma, x0) * z
 
-  def transition(self, s, t):
-    """(a, v), exact: p(x_t | x_s) = N(a x_s, v I) for s <= t.
+  def denoise(
+    self, x: State, t: Real[ArrayLike, '...'], score: State
+  ) -> Float[Array, ' B *dims']:
+    """Return the posterior mean of the data given x_t = x (Tweedie's formula).
+
+        E[x_0 | x_t] = (x_t + sigma^2 score) / alpha
+
+    Args:
+      x: state [B, ...] at time t.
+      t: times [B], or a scalar.
+      score: score at (x, t), shaped as x.
+    """
+    alpha, sigma = (expand(c, x) for c in self.marginal(t))
+    return (x + sigma**2 * score) / alpha
+
+  def transition(self, s: Real[ArrayLike, '...'], t: Times) -> Pair:
+    """Return (a, v) of the exact p(x_t | x_s) = N(a x_s, v I) for s <= t.
 
     v = sigma_t^2 - a^2 sigma_s^2 is computed from the difference of the log
     signal-to-noise ratios, which does not cancel.
@@ -93,228 +120,224 @@ class SDE(abc.ABC):
     alpha_s, sigma_s = self.marginal(s)
     alpha_t, sigma_t = self.marginal(t)
     v = -(sigma_t**2) * jnp.expm1(self.log_snr(t) - self.log_snr(s))
-    # At s = 0 sigma_s may be 0 and the log SNR infinite: there v = sigma_t^2.
+    # At s = 0 sigma_s may be 0 and the log SNR infinite: then v = sigma_t^2.
     return alpha_t / alpha_s, jnp.where(sigma_s > 0, v, sigma_t**2)
 
-  def prior_sample(self, rng, shape):
-    """z ~ N(0, prior_std^2 I) of the given shape [B, ...]."""
+  def prior_sample(self, rng: Key[Array, ''], shape: Sequence[int]) -> Array:
+    """Return z ~ N(0, prior_std^2 I) of the given shape [B, ...]."""
     return self.prior_std * jax.random.normal(rng, shape)
 
-  def prior_logp(self, z):
-    """log N(z; 0, prior_std^2 I) in nats, [B], for z [B, ...]."""
+  def prior_logp(self, z: State) -> Float[Array, ' B']:
+    """Return log N(z; 0, prior_std^2 I) in nats, [B], for z [B, ...]."""
     dims = math.prod(z.shape[1:])
     axes = tuple(range(1, z.ndim))
     log_normalizer = 0.5 * dims * math.log(2 * math.pi * self.prior_std**2)
     return -0.5 * jnp.sum((z / self.prior_std) ** 2, axes) - log_normalizer
 
-  def reverse_drift(self, x, t, score):
-    """Drift of the reverse-time SDE, f x - g^2 score (Eq. 6); shaped as x."""
+  def reverse_drift(
+    self, x: State, t: Real[ArrayLike, '...'], score: State
+  ) -> Float[Array, ' B *dims']:
+    """Return the drift f x - g^2 score of the reverse-time SDE (Eq. 6)."""
     f, g = self.coefficients(t)
     return expand(f, x) * x - expand(g**2, x) * score
 
-  def ode_drift(self, x, t, score):
-    """Drift of the probability-flow ODE, f x - g^2 score / 2 (Eq. 13)."""
+  def ode_drift(
+    self, x: State, t: Real[ArrayLike, '...'], score: State
+  ) -> Float[Array, ' B *dims']:
+    """Return the drift f x - g^2 score / 2 of the ODE (Eq. 13)."""
     f, g = self.coefficients(t)
     return expand(f, x) * x - expand(0.5 * g**2, x) * score
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VESDE(SDE):
+class _NoiseOnly(SDE):
+  """Process with alpha = 1, whose discrete chain is the process on a grid."""
+
+  variance_exploding = True
+
+  def discretize(self, s: Real[ArrayLike, '...'], t: Times) -> Pair:
+    return self.transition(s, t)
+
+  @property
+  def prior_std(self) -> float:
+    return self.sigma_max
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VESDE(_NoiseOnly):
   """Variance exploding (Eq. 30): sigma = sigma_min (sigma_max / sigma_min)^t.
 
-  Attributes:
-    sigma_min: noise level at t = 0, in units of the data.
-    sigma_max: noise level at t = 1; about the largest distance between two data
-      points (Song & Ermon 2020, Technique 1).
-    num_scales: number of noise levels that the network was trained on, at
-      t = i / (num_scales - 1) (NCSN, "SMLD"); 0 if in continuous time. The
-      discrete process is the continuous one on its grid.
+  sigma_max should be about the largest distance between two data points (Song &
+  Ermon 2020, Technique 1). SMLD's discrete process is this one on its grid.
+
+  Example:
+    >>> VESDE(sigma_max=10.0).prior_std
+    10.0
   """
 
-  sigma_min: float = 0.01
-  sigma_max: float = 50.0
-  num_scales: int = 0
+  sigma_min: float = option(
+    0.01, 'Noise level at t = 0, in units of the data.', '(0, inf)'
+  )
+  sigma_max: float = option(
+    50.0, 'Noise level at t = 1, in units of the data.', '(0, inf)'
+  )
 
   def __post_init__(self):
-    if not 0 < self.sigma_min < self.sigma_max:
+    super().__post_init__()
+    if self.sigma_min >= self.sigma_max:
       raise ValueError(
-        'The VE SDE needs 0 < sigma_min < sigma_max, not '
-        f'sigma_min={self.sigma_min}, sigma_max={self.sigma_max}.'
+        'VESDE: sigma_min needs to be less than sigma_max, but '
+        f'sigma_min={self.sigma_min} and sigma_max={self.sigma_max}.'
       )
 
   @property
-  def log_ratio(self):
+  def log_ratio(self) -> float:
+    """Return log(sigma_max / sigma_min)."""
     return math.log(self.sigma_max / self.sigma_min)
 
-  def marginal(self, t):
+  def marginal(self, t: Times) -> Pair:
     t = jnp.asarray(t)
     return jnp.ones_like(t), self.sigma_min * jnp.exp(self.log_ratio * t)
 
-  def coefficients(self, t):
+  def coefficients(self, t: Times) -> Pair:
     _, sigma = self.marginal(t)
     return jnp.zeros_like(sigma), sigma * math.sqrt(2 * self.log_ratio)
 
-  def discretize(self, s, t):
-    return self.transition(s, t)
-
-  @property
-  def prior_std(self):
-    return self.sigma_max
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EDM(SDE):
-  """Karras et al. (2022, arXiv 2206.00364): noise is the time itself.
+class EDM(_NoiseOnly):
+  """Process of Karras et al. (2022, arXiv 2206.00364): sigma = sigma_max t.
 
-  sigma = sigma_max t, and alpha = 1. Beside it, all that their training says
-  about data and noise levels (Table 1).
-
-  Attributes:
-    sigma_max: noise level at t = 1, in units of the data.
-    sigma_data: standard deviation of the data; the network's input, output and
-      loss are scaled by it.
-    p_mean, p_std: log sigma ~ N(p_mean, p_std^2) in training.
+  Example:
+    >>> EDM(sigma_max=80.0).prior_std
+    80.0
   """
 
-  sigma_max: float = 80.0
-  sigma_data: float = 0.5
-  p_mean: float = -1.2
-  p_std: float = 1.2
+  sigma_max: float = option(
+    80.0, 'Noise level at t = 1, in units of the data.', '(0, inf)'
+  )
 
-  def __post_init__(self):
-    if not min(self.sigma_max, self.sigma_data, self.p_std) > 0:
-      raise ValueError(
-        'The EDM process needs sigma_max, sigma_data and p_std above 0, not '
-        f'{self.sigma_max}, {self.sigma_data} and {self.p_std}.'
-      )
-
-  def marginal(self, t):
+  def marginal(self, t: Times) -> Pair:
     t = jnp.asarray(t)
     return jnp.ones_like(t), self.sigma_max * t
 
-  def coefficients(self, t):
+  def coefficients(self, t: Times) -> Pair:
     t = jnp.asarray(t)
     return jnp.zeros_like(t), self.sigma_max * jnp.sqrt(2 * t)
 
-  def discretize(self, s, t):
-    return self.transition(s, t)
-
-  @property
-  def prior_std(self):
-    return self.sigma_max
-
-
-def _check_betas(beta_min, beta_max):
-  if not 0 < beta_min <= beta_max:
-    raise ValueError(
-      'VP and sub-VP SDEs need 0 < beta_min <= beta_max, not '
-      f'beta_min={beta_min}, beta_max={beta_max}.'
-    )
-
-
-def _beta(sde, t):
-  """beta(t) = beta_min + t (beta_max - beta_min) (Eq. 32)."""
-  return sde.beta_min + t * (sde.beta_max - sde.beta_min)
-
-
-def _vp_log_alpha(sde, t):
-  """log alpha(t) = -1/2 int_0^t beta(u) du, of VP and sub-VP alike (Eq. 33)."""
-  return -0.5 * t * (sde.beta_min + 0.5 * t * (sde.beta_max - sde.beta_min))
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VPSDE(SDE):
-  """Variance preserving (Eq. 32-33): dx = -beta x / 2 dt + sqrt(beta) dw."""
+class _LinearBeta(SDE):
+  """Process with the drift -beta(t) x / 2, where beta is linear in t."""
 
-  beta_min: float = 0.1
-  beta_max: float = 20.0
+  beta_min: float = option(0.1, 'beta(t) at t = 0.', '(0, inf)')
+  beta_max: float = option(20.0, 'beta(t) at t = 1.', '(0, inf)')
 
   def __post_init__(self):
-    _check_betas(self.beta_min, self.beta_max)
+    super().__post_init__()
+    if self.beta_min > self.beta_max:
+      raise ValueError(
+        f'{type(self).__name__}: beta_min needs to be at most beta_max, but '
+        f'beta_min={self.beta_min} and beta_max={self.beta_max}.'
+      )
 
-  def marginal(self, t):
-    log_alpha = _vp_log_alpha(self, jnp.asarray(t))
-    # 1 - alpha^2 by expm1: near t = 0 the plain difference cancels.
-    return jnp.exp(log_alpha), jnp.sqrt(-jnp.expm1(2 * log_alpha))
+  def _beta(self, t):
+    """Return beta(t) = beta_min + t (beta_max - beta_min) (Eq. 32)."""
+    return self.beta_min + t * (self.beta_max - self.beta_min)
 
-  def coefficients(self, t):
-    beta = _beta(self, jnp.asarray(t))
-    return -0.5 * beta, jnp.sqrt(beta)
-
-  def discretize(self, s, t):
-    """DDPM's chain: x_t = sqrt(1 - b) x_s + sqrt(b) z, b = beta(t)(t - s)."""
-    b = _beta(self, jnp.asarray(t)) * (t - s)
-    return jnp.sqrt(1 - b), b
+  def _log_alpha(self, t):
+    """Return log alpha(t) = -1/2 int_0^t beta(u) du (Eq. 33)."""
+    slope = self.beta_max - self.beta_min
+    return -0.5 * t * (self.beta_min + 0.5 * t * slope)
 
   @property
-  def prior_std(self):
+  def prior_std(self) -> float:
     return 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SubVPSDE(SDE):
-  """Sub-VP (Eq. 34-36): VP's drift, with sigma(t) = 1 - alpha(t)^2."""
+class VPSDE(_LinearBeta):
+  """Variance preserving (Eq. 32-33): dx = -beta x / 2 dt + sqrt(beta) dw.
 
-  beta_min: float = 0.1
-  beta_max: float = 20.0
+  Example:
+    >>> VPSDE(beta_max=10.0).prior_std
+    1.0
+  """
 
-  def __post_init__(self):
-    _check_betas(self.beta_min, self.beta_max)
+  def marginal(self, t: Times) -> Pair:
+    log_alpha = self._log_alpha(jnp.asarray(t))
+    # 1 - alpha^2 by expm1, because the plain difference cancels near t = 0.
+    return jnp.exp(log_alpha), jnp.sqrt(-jnp.expm1(2 * log_alpha))
 
-  def marginal(self, t):
-    log_alpha = _vp_log_alpha(self, jnp.asarray(t))
+  def coefficients(self, t: Times) -> Pair:
+    beta = self._beta(jnp.asarray(t))
+    return -0.5 * beta, jnp.sqrt(beta)
+
+  def discretize(self, s: Real[ArrayLike, '...'], t: Times) -> Pair:
+    """Return DDPM's (sqrt(1 - b), b) with b = beta(t) (t - s)."""
+    b = self._beta(jnp.asarray(t)) * (t - s)
+    return jnp.sqrt(1 - b), b
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SubVPSDE(_LinearBeta):
+  """Sub-VP (Eq. 34-36): the drift of VP, with sigma(t) = 1 - alpha(t)^2.
+
+  Example:
+    >>> SubVPSDE().beta_max
+    20.0
+  """
+
+  def marginal(self, t: Times) -> Pair:
+    log_alpha = self._log_alpha(jnp.asarray(t))
     return jnp.exp(log_alpha), -jnp.expm1(2 * log_alpha)
 
-  def coefficients(self, t):
+  def coefficients(self, t: Times) -> Pair:
     t = jnp.asarray(t)
-    beta = _beta(self, t)
-    discount = -jnp.expm1(4 * _vp_log_alpha(self, t))
+    beta = self._beta(t)
+    discount = -jnp.expm1(4 * self._log_alpha(t))
     return -0.5 * beta, jnp.sqrt(beta * discount)
 
-  def discretize(self, s, t):
-    """Euler's step, as in the paper: a = 1 + f dt, v = g^2 dt."""
+  def discretize(self, s: Real[ArrayLike, '...'], t: Times) -> Pair:
+    """Return Euler's step, as in the paper: a = 1 + f dt, v = g^2 dt."""
     f, g = self.coefficients(t)
     return 1 + f * (t - s), g**2 * (t - s)
 
-  @property
-  def prior_std(self):
-    return 1.0
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DDPM(SDE):
+class DDPM(_LinearBeta):
   """The discrete VP chain of Ho et al. (2020), as a process on t = i / (M - 1).
 
   sigma comes from the cumulative product of 1 - beta_i, where beta_i goes from
-  beta_min / M to beta_max / M. It differs from the continuous VP sigma by up to
-  4.6%, and a network trained on the chain wants the chain's. Between labels t
-  is rounded to the nearest one. The coefficients are those of the SDE that is
-  the limit of the chain.
+  beta_min / M to beta_max / M. It differs from the sigma of the continuous VP
+  SDE by up to 4.6%, and a network that was trained on the chain needs the
+  chain's. Each t is rounded to the nearest level. The coefficients are those of
+  the SDE that is the limit of the chain.
 
-  Attributes:
-    beta_min, beta_max: as for `VPSDE`.
-    num_scales: M, the number of noise levels that the network was trained on.
+  Example:
+    >>> DDPM(num_scales=100).continuous
+    VPSDE(beta_min=0.1, beta_max=20.0)
   """
 
-  beta_min: float = 0.1
-  beta_max: float = 20.0
-  num_scales: int = 1000
+  num_scales: int = option(
+    1000, 'Number M of noise levels of the chain.', '[2, inf)', given=True
+  )
 
   def __post_init__(self):
-    _check_betas(self.beta_min, self.beta_max)
+    super().__post_init__()
     if self.beta_max >= self.num_scales:
       raise ValueError(
-        f'A chain of num_scales={self.num_scales} levels with '
-        f'beta_max={self.beta_max} has beta_max / num_scales >= 1, which '
-        'leaves no signal: use more levels.'
+        f'DDPM: beta_max={self.beta_max} needs to be less than '
+        f'num_scales={self.num_scales}, or the chain leaves no signal. Use '
+        'more noise levels.'
       )
 
   @property
   def continuous(self):
-    """The SDE that the chain discretises."""
+    """Return the SDE that the chain discretizes."""
     return VPSDE(beta_min=self.beta_min, beta_max=self.beta_max)
 
-  def marginal(self, t):
+  def marginal(self, t: Times) -> Pair:
     m = self.num_scales
     betas = np.linspace(self.beta_min / m, self.beta_max / m, m)
     log_alpha = 0.5 * np.cumsum(np.log1p(-betas))
@@ -323,15 +346,11 @@ class DDPM(SDE):
     sigma = jnp.asarray(np.sqrt(-np.expm1(2 * log_alpha)), jnp.float32)
     return alpha[label], sigma[label]
 
-  def coefficients(self, t):
+  def coefficients(self, t: Times) -> Pair:
     return self.continuous.coefficients(t)
 
-  def discretize(self, s, t):
+  def discretize(self, s: Real[ArrayLike, '...'], t: Times) -> Pair:
     return self.transition(s, t)
-
-  @property
-  def prior_std(self):
-    return 1.0
 
 
 SDES = {

@@ -1,18 +1,19 @@
-"""Compares evaluation with pytorch-fid and torch-fidelity on two image sets.
+"""Compare evaluation with pytorch-fid and torch-fidelity on two sets of images.
 
   python -m benchmarks.comparison --folder F train=DIR_OR_NPZ test=DIR_OR_NPZ
 
-Each set is NAME=PATH: a folder of images of one size, or an .npz (NAME=PATH:KEY
-names the array in it). Features of every installed network are written to F in
-chunks; what is there is not computed again, so that it can be killed, and so
-that packages which do not live together may each be run in an environment of
-their own. Then it prints, over the images that all networks have seen:
+Each set is NAME=PATH, where PATH is a folder of images of one size, or an .npz
+file; NAME=PATH:KEY names the array in it. The features of every installed
+network are written to F in chunks. Chunks that exist are not computed again, so
+the program can be stopped at any time, and packages that cannot be installed
+together can be run in environments of their own. Then it prints, for the images
+that all networks have seen:
 
 - the largest difference of features, for both input conventions;
 - FID, ours and theirs, each from its own features;
-- KID, of 100 x 1000 images in the same subsets (seed 2020), and Inception
-  Score in the same splits, of the same features: ours and torch-fidelity's.
-  Where weights have no logits, random projections of features take their place.
+- KID of 100 x 1000 images in the same subsets (seed 2020), and Inception Score
+  in the same splits: ours and that of torch-fidelity. Random projections of
+  features replace logits, because some files of weights have none.
 
 For the two halves of CIFAR-10 in the README: --images 5000
 train=cifar10.npz:x_train test=cifar10.npz:x_test.
@@ -27,23 +28,28 @@ import tempfile
 from unittest import mock
 
 import numpy as np
+from PIL import Image
 
 import evaluation
+from data import sources
+from features import extract, statistics, weights
+from runtime.files import atomic
 
-# Who agrees with whom: ours by input convention, and theirs.
+# Our networks by their input convention, and those that they should equal.
 PAIRS = {'ours_pytorch_fid': 'pytorch_fid', 'ours_tensorflow': 'torch_fidelity'}
-SEED = 2020  # torch-fidelity's
+SEED = 2020  # The seed of torch-fidelity.
 
 
 def installed(*modules):
+  """Return whether all modules can be imported."""
   return all(importlib.util.find_spec(module) for module in modules)
 
 
-# ----------------------------------------------------------------- networks
+# --- Networks ---
 
 
 def torch_state(arrays):
-  """A state_dict of pytorch-fid's and torch-fidelity's networks."""
+  """Return a state_dict for the networks of pytorch-fid and torch-fidelity."""
   import torch
 
   state = {k: torch.tensor(v) for k, v in arrays.items()}
@@ -57,7 +63,16 @@ def torch_state(arrays):
 
 
 def in_batches(function, images, batch_size):
-  """function(uint8 NCHW tensor) -> [B, D] of all images, uint8 NHWC."""
+  """Return a function of torch tensors for all images, in numpy.
+
+  Args:
+    function: function of a uint8 tensor [B, C, H, W] that returns [B, D].
+    images: uint8 [N, H, W, C].
+    batch_size: images at a time.
+
+  Returns:
+    [N, D].
+  """
   import torch
 
   outputs = []
@@ -69,7 +84,7 @@ def in_batches(function, images, batch_size):
 
 
 def pytorch_fid_network(arrays):
-  """(uint8 NHWC, batch_size) -> [N, 2048] by pytorch-fid."""
+  """Return pytorch-fid as a function (images, batch_size) -> [N, 2048]."""
   import pytorch_fid.inception
   import torch
 
@@ -86,7 +101,7 @@ def pytorch_fid_network(arrays):
 
 
 def torch_fidelity_network(arrays):
-  """(uint8 NHWC, batch_size) -> [N, 2048] by torch-fidelity."""
+  """Return torch-fidelity as a function (images, batch_size) -> [N, 2048]."""
   import torch
   from torch_fidelity import feature_extractor_inceptionv3 as inception
 
@@ -101,21 +116,13 @@ def torch_fidelity_network(arrays):
 
 
 def our_network(path, variant):
-  """(uint8 NHWC, batch_size) -> [N, 2048] by this project."""
-  from features import statistics, weights
-
-  extract = statistics.FeatureExtractor(
-    weights.load_weights(path), variant=variant
-  )
-  return lambda images, batch_size: extract(images)['pool_3']
+  """Return our network as a function (images, batch_size) -> [N, 2048]."""
+  ours = extract.FeatureExtractor(weights.load_weights(path), variant=variant)
+  return lambda images, batch_size: ours(images)['pool_3']
 
 
 def networks(path):
-  """{name: extract} of all that are installed."""
-  if not installed('jax'):
-    return {}
-  from features import weights
-
+  """Return the networks that are installed, by name."""
   path = path or weights.find_weights()
   arrays = weights.read_arrays(pathlib.Path(path))
   found = {
@@ -129,19 +136,15 @@ def networks(path):
   return found
 
 
-# ------------------------------------------------------------ images, features
+# --- Images and features ---
 
 
 def read_set(where, count):
-  """The first `count` images, uint8 [N, H, W, 3]."""
+  """Return the first `count` images of a set, uint8 [N, H, W, 3]."""
   path, _, key = where.partition(':')
   if path.endswith('.npz'):
     with np.load(path) as file:
       return file[key or file.files[0]][:count]
-  from PIL import Image
-
-  from data import sources
-
   files = sources.image_files(pathlib.Path(path))[:count]
   return np.stack(
     [
@@ -152,24 +155,23 @@ def read_set(where, count):
 
 
 def extract_all(args, sets):
-  """Computes what is missing, all networks abreast."""
+  """Compute the features that are missing, chunk by chunk for all networks."""
   found = networks(args.weights)
   images = {name: read_set(where, args.images) for name, where in sets.items()}
   for start in range(0, args.images, args.chunk):
     for set_name, x in images.items():
-      for network, extract in found.items():
+      for network, function in found.items():
         path = args.folder / f'{network}_{set_name}_{start}.npy'
         part = x[start : start + args.chunk]
         if path.exists() or not len(part):
           continue
-        temporary = path.with_suffix('.part.npy')
-        np.save(temporary, extract(part, args.batch_size))
-        os.replace(temporary, path)
+        with atomic(path) as temporary, open(temporary, 'wb') as file:
+          np.save(file, function(part, args.batch_size))
         print(path, flush=True)
 
 
 def read_features(folder, network, set_name, chunk):
-  """Features of consecutive chunks from the first on, [N, 2048], or None."""
+  """Return features [N, 2048] of the first chunks without a gap, or None."""
   parts, start = [], 0
   while (path := folder / f'{network}_{set_name}_{start}.npy').exists():
     parts.append(np.load(path))
@@ -177,30 +179,33 @@ def read_features(folder, network, set_name, chunk):
   return np.concatenate(parts) if parts else None
 
 
-# ------------------------------------------------------------------- report
+# --- Report ---
 
 
 def line(what, ours, theirs):
+  """Print a line of the report."""
   gap = abs(ours - theirs) / abs(theirs)
   print(f'{what:34}{ours:14.8f}{theirs:14.8f}{gap:12.1e}', flush=True)
 
 
 def moments(x):
-  found = evaluation.Moments()
+  """Return the moments of features [N, D]."""
+  found = statistics.Moments()
   found.update(x)
   return found
 
 
 def their_fid(network, real, fake):
+  """Return the FID of features as another project computes it."""
   if network == 'torch_fidelity':
     import torch
     from torch_fidelity import metric_fid
 
-    statistics = [
+    both = [
       metric_fid.fid_features_to_statistics(torch.from_numpy(x))
       for x in (fake, real)
     ]
-    result = metric_fid.fid_statistics_to_metric(*statistics, False)
+    result = metric_fid.fid_statistics_to_metric(*both, False)
     return result['frechet_inception_distance']
   from pytorch_fid import fid_score
 
@@ -209,6 +214,7 @@ def their_fid(network, real, fake):
 
 
 def report_features(args, names):
+  """Print the largest differences of features."""
   print('\nLargest difference of features')
   for ours, theirs in PAIRS.items():
     for name in names:
@@ -223,6 +229,7 @@ def report_features(args, names):
 
 
 def report_scores(args, names):
+  """Print scores, ours and theirs."""
   print(f'\n{"":34}{"ours":>14}{"theirs":>14}{"relative":>12}')
   for ours, theirs in PAIRS.items():
     every = [
@@ -243,7 +250,7 @@ def report_scores(args, names):
 
 
 def report_fidelity(real, fake, their_real, their_fake):
-  """KID and Inception Score, of our features and of theirs."""
+  """Print KID and Inception Score of our features and of theirs."""
   import torch
   from torch_fidelity import metric_isc, metric_kid
 
@@ -264,9 +271,9 @@ def report_fidelity(real, fake, their_real, their_fake):
       theirs = want['kernel_inception_distance_mean']
       line(f'KID, {what}', got.value, theirs)
     line('KID, std', got.std, want['kernel_inception_distance_std'])
-  # Certain enough that the score is far from 1.
-  weights = np.random.default_rng(0).standard_normal((fake.shape[1], 1008))
-  logits, their_logits = (np.float64(x) @ weights for x in (fake, their_fake))
+  # These logits are large enough for a score far from 1.
+  random = np.random.default_rng(0).standard_normal((fake.shape[1], 1008))
+  logits, their_logits = (np.float64(x) @ random for x in (fake, their_fake))
   for splits in (1, 10):
     want = metric_isc.isc_features_to_metric(
       torch.from_numpy(their_logits), splits, shuffle=False
@@ -277,6 +284,7 @@ def report_fidelity(real, fake, their_real, their_fake):
 
 
 def main():
+  """Compute features, then print the report."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('sets', nargs=2, metavar='NAME=PATH', help='real, fake')
   parser.add_argument('--folder', type=pathlib.Path, required=True)

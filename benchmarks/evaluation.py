@@ -1,13 +1,15 @@
-"""Times evaluation against what is commonly used, on one machine in one run.
+"""Measure the speed of evaluation, ours and that of common packages.
 
   python -m benchmarks.evaluation [--images 64] [--batch_sizes 16 32]
 
-Prints images per second through the Inception network, ours and (where torch
-and pytorch-fid are installed) pytorch-fid's, with the same weights, images
-and batches; and seconds for the Frechet distance of 2048 dimensions, ours and
-by scipy's matrix square root. Rounds alternate and the fastest counts, so
-that a busy machine is fair to both; CPU seconds are of all threads together,
-those that spin while they wait for others included.
+It prints images per second of the Inception network: ours, and that of
+pytorch-fid if torch and pytorch-fid are installed, with the same weights,
+images and batches. It also prints the seconds of the Frechet distance in 2048
+dimensions: ours, and with the matrix square root of scipy.
+
+The programs run in turn, and the fastest round counts, so that other load on
+the machine affects all of them. CPU seconds are those of all threads together,
+including threads that wait actively for others.
 """
 
 import argparse
@@ -19,12 +21,12 @@ import scipy.linalg
 
 import evaluation
 from benchmarks import comparison
-from features import statistics, weights
+from features import extract, statistics, weights
 
 
 def fastest(functions, rounds):
-  """(seconds, CPU seconds) of each function at its fastest, and its result."""
-  results = [f() for f in functions]  # Compiles, and warms caches.
+  """Return the least [seconds, CPU seconds] and the result of each function."""
+  results = [f() for f in functions]  # The first call compiles.
   times = [[] for _ in functions]
   for _ in range(rounds):
     for function, seconds in zip(functions, times, strict=True):
@@ -36,6 +38,7 @@ def fastest(functions, rounds):
 
 
 def time_features(args):
+  """Print images per second of the Inception networks."""
   rng = np.random.default_rng(0)
   shape = (args.images, args.resolution, args.resolution, 3)
   images = rng.integers(0, 256, shape, np.uint8)
@@ -48,10 +51,10 @@ def time_features(args):
   print(f'\nInception features of {args.images} images')
   print('                  batch   images/s  images/CPU s')
   for size in args.batch_sizes:
-    extract = statistics.FeatureExtractor(
+    ours = extract.FeatureExtractor(
       params, variant='pytorch_fid', batch_size=size
     )
-    functions = {'ours': lambda extract=extract: extract(images)['pool_3']}
+    functions = {'ours': lambda ours=ours: ours(images)['pool_3']}
     if theirs:
       functions['pytorch-fid'] = lambda size=size: theirs(images, size)
     times, results = fastest(functions.values(), args.rounds)
@@ -63,11 +66,12 @@ def time_features(args):
 
 
 def time_frechet(args):
+  """Print the seconds of the Frechet distance."""
   rng = np.random.default_rng(0)
   moments = []
   for scale in (1.0, 1.2):
     x = rng.gamma(1.0, scale, (args.samples, 2048))
-    moments.append(evaluation.Moments())
+    moments.append(statistics.Moments())
     moments[-1].update(x)
   a, b = moments
 
@@ -87,6 +91,7 @@ def time_frechet(args):
 
 
 def main():
+  """Run both measurements."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--images', type=int, default=64)
   parser.add_argument('--resolution', type=int, default=32)

@@ -1,11 +1,12 @@
-r"""The ODE solver on the device against scipy's through the host, in one run.
+r"""Compare the ODE solver on the device with scipy's solver on the host.
 
   python -m benchmarks.ode [--case vp_ddpmpp_continuous] [--tolerance 1e-3]
 
-The same network (reduced, with the parameters of tests/data), the same start
-and tolerances. Scipy's RK45 lives on the host, as in the paper's release: each
-evaluation of the compiled drift takes the state to the device and back. Prints
-NFE and seconds, compiled before and the best of --repeats, interleaved.
+Both have the same network (reduced, with the parameters of tests/arrays), the
+same start and the same tolerances. Scipy's RK45 runs on the host, as in the
+paper's release: each evaluation of the compiled drift copies the state to the
+device and back. Prints NFE and seconds: the best of --repeats interleaved runs,
+after one run that compiles.
 """
 
 import argparse
@@ -17,13 +18,13 @@ import numpy as np
 import scipy.integrate
 
 import likelihood
-import sampling
+from solvers import ode
 from tests import golden
 from tests.test_golden import PROCESSES, score_of
 
 
 def scipy_solver(drift, t0, t1, tolerance):
-  """solve(y0) -> (y, nfe) by scipy, for drift(t, y) of a pytree of arrays."""
+  """Return solve(y0) -> (y, nfe) by scipy, for drift(t, y) of a pytree."""
   drift = jax.jit(drift)
 
   def solve(y0):
@@ -51,7 +52,7 @@ def scipy_solver(drift, t0, t1, tolerance):
 
 
 def tasks(case, tolerance):
-  """{task: {solver: () -> (result, nfe)}}."""
+  """Return {task: {solver: () -> (result, nfe)}}."""
   g, _ = golden.load(case)
   sde, _ = PROCESSES[case]
   score_fn, eps = score_of(case), float(g['ode_eps'])
@@ -59,6 +60,9 @@ def tasks(case, tolerance):
     jnp.asarray(g[k]) for k in ('ode_z', 'data', 'hutchinson_eps')
   )
   probes = probes[None]
+  sampler = ode.ODE(
+    eps=eps, rtol=tolerance, atol=tolerance, final_denoise=False
+  )
 
   def drift(t, x):
     t = jnp.full(x.shape[:1], t)
@@ -73,9 +77,7 @@ def tasks(case, tolerance):
 
   @jax.jit
   def sample(z):
-    return sampling.ode_sample(
-      None, score_fn, sde, z, eps=eps, rtol=tolerance, atol=tolerance
-    )
+    return sampler(None, score_fn, sde, z)
 
   @jax.jit
   def logp(x):

@@ -1,9 +1,10 @@
-"""Reading time and peak memory of a full-size checkpoint of the JAX release.
+"""Measure the time and memory of reading a checkpoint of the JAX release.
 
   python -m benchmarks.released [--config configs/ve/...py] [--checkpoint FILE]
 
-Without a file it writes one of random numbers, in that release's format, to a
-temporary folder. Peak memory is that of the whole process.
+Without a file, a checkpoint of random numbers in the release's format is
+written to a temporary folder and read. The peak memory is that of the whole
+process.
 """
 
 import argparse
@@ -22,10 +23,11 @@ from checkpoints import formats
 
 
 def write_checkpoint(path, config_path):
-  """Parameters, their average and Adam's moments, all random."""
+  """Write random parameters, averages and moments of Adam."""
   rng = np.random.default_rng(0)
   draw = lambda s: rng.standard_normal(s.shape, np.float32)
-  like = experiment.abstract_params(experiment.load_config(config_path))
+  model = experiment.build(experiment.load_config(config_path))
+  like = model.abstract_params()
   moments = lambda s: {'grad_ema': draw(s), 'grad_sq_ema': draw(s)}
   adam = {'step': np.int32(1), 'param_states': jax.tree.map(moments, like)}
   state = {
@@ -37,24 +39,25 @@ def write_checkpoint(path, config_path):
 
 
 def main():
+  """Read the checkpoint, and print what that took."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument(
     '--config', default='configs/ve/cifar10_ncsnpp_continuous.py'
   )
   parser.add_argument('--checkpoint', type=pathlib.Path)
   args = parser.parse_args()
-  config = experiment.load_config(args.config)
+  model = experiment.build(experiment.load_config(args.config))
   with tempfile.TemporaryDirectory() as folder:
     path = args.checkpoint
     if path is None:
       path = pathlib.Path(folder) / 'checkpoint_1'
-      # In a process of its own, whose memory does not count.
+      # A process of its own writes, so that its memory does not count.
       spawn = multiprocessing.get_context('spawn')
       child = spawn.Process(target=write_checkpoint, args=(path, args.config))
       child.start()
       child.join()
     start = time.perf_counter()
-    loaded = formats.load(path, config)
+    loaded = formats.load(path, model.network, model.shape(1))
     seconds = time.perf_counter() - start
     size = path.stat().st_size
   peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,17 +1,16 @@
-r"""Speed and memory of a config, in training and in sampling.
+r"""Measure speed and memory of a config, in training and in sampling.
 
   python -m benchmarks.speed --config configs/quickstart.py \
     [--config.training.batch_size=256] [--steps 100] [--peak_tflops 989]
 
-Needs no data: images are zeros. Compilation is cold unless
-JAX_COMPILATION_CACHE_DIR names a folder of an earlier run. Prints a table and,
-last, the same as one line of JSON. One host; all of its devices.
+No data are needed, because images are zeros. Compilation is cold unless
+JAX_COMPILATION_CACHE_DIR names a folder of an earlier run. A table is printed
+and, in the last line, the same numbers as JSON. The program runs on one host
+and uses all of its devices.
 """
 
 # ruff: noqa: E402 (imports are part of the time to the first step)
 import time
-
-from runtime.devices import check_divisible, make_layout, to_global
 
 BEGUN = time.perf_counter()
 
@@ -27,20 +26,21 @@ from ml_collections import config_flags
 
 import experiment
 import run_lib
+from runtime.devices import check_divisible, make_layout, to_global
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file('config', None, 'Configuration.')
-flags.DEFINE_integer('steps', 50, 'Training steps to time, at least.')
-flags.DEFINE_integer('sampling_steps', 50, 'Steps of the sampler to time.')
+config_flags.DEFINE_config_file('config', None, 'A file of configs/.')
+flags.DEFINE_integer('steps', 50, 'Smallest number of training steps.')
+flags.DEFINE_integer('sampling_steps', 50, 'Largest number of sampling steps.')
 flags.DEFINE_integer('sampling_batch', 64, 'Samples made at once.')
 flags.DEFINE_float(
-  'peak_tflops', None, 'Of one device, at model.dtype; gives the share used.'
+  'peak_tflops', None, 'Peak of one device at model.dtype, in TFLOP/s.'
 )
 flags.mark_flag_as_required('config')
 
 
 def peak_memory():
-  """(what, bytes): the most so far on one device; of the process, on CPUs."""
+  """Return ('device', peak bytes of one device); on CPUs ('process', ..)."""
   stats = jax.local_devices()[0].memory_stats() or {}
   if 'peak_bytes_in_use' in stats:
     return 'device', stats['peak_bytes_in_use']
@@ -49,32 +49,32 @@ def peak_memory():
   return 'process', unit * peak
 
 
-def training_flops(config, params, batch):
-  """Operations of one step's loss and gradient, as XLA counts them.
+def training_flops(model, params, batch):
+  """Return the operations of loss and gradient in a step, as XLA counts them.
 
-  Counted before optimisation and for one part of a batch at a time, since XLA
+  They are counted before optimisation and for one part of a batch, because XLA
   counts the body of a loop once.
   """
-  loss_fn = experiment.make_loss_fn(config, train=True)
-  mean_loss = lambda params, rng, batch: loss_fn(params, rng, batch).mean()
+  mean_loss = lambda params, rng, batch: model.loss(params, rng, batch).mean()
   lowered = jax.jit(jax.value_and_grad(mean_loss)).lower(
     params, jax.random.key(0), batch
   )
   cost = lowered.cost_analysis() or {}
-  return cost.get('flops', math.nan) * config.training.grad_accumulation
+  parts = model.config.training.grad_accumulation
+  return cost.get('flops', math.nan) * parts
 
 
-def time_training(config, layout, steps):
-  """(results, averaged parameters) of at least `steps` steps."""
-  training = config.training
+def time_training(model, layout, steps):
+  """Return (results, averaged parameters) of at least `steps` steps."""
+  config, training = model.config, model.config.training
   n, parts = training.n_jitted_steps, training.grad_accumulation
-  _, place = run_lib.make_init(config, layout)
+  _, place = run_lib.make_init(model, layout)
   state = place()
-  train_steps = run_lib.make_train_steps(config, layout)
+  train_steps = run_lib.make_train_steps(model, layout)
   size = training.batch_size // parts
   dtype = np.float32 if config.data.dims else np.uint8
   batch = {
-    'image': np.zeros(experiment.image_shape(config, size), dtype),
+    'image': np.zeros(model.shape(size), dtype),
     'label': np.zeros(size, np.int32),
   }
   batches = to_global(
@@ -93,9 +93,9 @@ def time_training(config, layout, steps):
   jax.block_until_ready(losses)
   seconds = (time.perf_counter() - start) / (calls * n)
 
-  flops = training_flops(config, state.params, batch)
+  flops = training_flops(model, state.params, batch)
   results = {
-    # A compiled call takes n steps; the others of them are not start-up.
+    # A compiled call takes n steps: the other n - 1 do not count as start-up.
     'seconds_to_first_step': first_call - (n - 1) * seconds,
     'training_batch': training.batch_size,
     'seconds_per_training_step': seconds,
@@ -106,12 +106,16 @@ def time_training(config, layout, steps):
 
 
 def time_sampling(config, layout, params, batch_size, steps):
-  """Results of `steps` steps of the predictor-corrector sampler."""
+  """Return results of `steps` steps of the predictor-corrector sampler."""
   num_steps = config.sampling.num_steps
   steps = min(steps, num_steps)
   with config.unlocked():
     config.sampling.update(method='pc', num_steps=steps)
-  sample = run_lib.make_sample(config, layout, batch_size)
+  sample = jax.jit(
+    experiment.build(config).make_sample(batch_size),
+    in_shardings=(layout.replicated, None),
+    out_shardings=layout.replicated,
+  )
 
   def seconds():
     start = time.perf_counter()
@@ -123,7 +127,7 @@ def time_sampling(config, layout, params, batch_size, steps):
     'seconds_to_compile_sampler': first - second,
     'sampling_batch': batch_size,
     'seconds_per_sampling_step': second / steps,
-    # Of whole samples, with the config's number of steps.
+    # Samples with the number of steps that the config had.
     'samples_per_second': batch_size * steps / second / num_steps,
   }
 
@@ -131,19 +135,19 @@ def time_sampling(config, layout, params, batch_size, steps):
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'Unknown argument {argv[1]!r}.')
-  # Without these, programs that compile quickly are not kept.
+  # Programs that compile quickly are kept as well.
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
   config = FLAGS.config
   try:
-    experiment.check(config)
+    model = experiment.build(config)
     check_divisible(
       config.training.batch_size // config.training.grad_accumulation,
       'config.training.batch_size (divided by grad_accumulation)',
     )
     check_divisible(FLAGS.sampling_batch, '--sampling_batch')
     layout = make_layout()
-    training, ema = time_training(config, layout, FLAGS.steps)
+    training, ema = time_training(model, layout, FLAGS.steps)
     where, after_training = peak_memory()
     sampling = time_sampling(
       config, layout, ema, FLAGS.sampling_batch, FLAGS.sampling_steps

@@ -1,0 +1,1 @@
+"""Weights in files: folders of runs, and formats of other programs."""

@@ -1,33 +1,35 @@
-"""Models as folders that diffusers' `from_pretrained` reads.
+"""Export of models as folders that diffusers' `from_pretrained` reads.
 
-Its `UNet2DModel` is exactly two of the networks here:
+The class `UNet2DModel` of diffusers can represent two of the networks exactly:
 
-- NCSN++ with image pyramids at input and output, the 256 and 1024 pixel
-  models: Skip*Block2D, whose output diffusers divides by sigma itself.
-- DDPM: DownBlock2D, UpBlock2D and their variants with attention. These attend
-  after every block on the way up, where the paper's DDPM attends after the last
-  one of a resolution; the others get an attention of zeros, which, in its
-  residual block, changes nothing.
+- NCSN++ with image pyramids at input and output (the models for 256 and 1024
+  pixels), with Skip*Block2D. Diffusers itself divides the output by sigma.
+- DDPM, with DownBlock2D, UpBlock2D and their variants with attention. On the
+  way up these attend after every block, the paper's DDPM after the last block
+  of a resolution only. The additional attentions get parameters of zero; as
+  they are residual, they change nothing.
 
-The others have no equivalent there: no residual input pyramid (NCSN++ at 32
-and 64 pixels), and no division by sqrt(2) without pyramids (DDPM++).
+It cannot represent the others: it has no residual input pyramid (NCSN++ for 32
+and 64 pixels), and divides by sqrt(2) only with pyramids (DDPM++).
 
-A folder holds unet/ and, where diffusers has a pipeline for how the network
-was trained, scheduler/ and model_index.json: then `DiffusionPipeline` samples.
+A folder contains unet/. If diffusers has a pipeline for the process that the
+network was trained with, the folder also contains scheduler/ and
+model_index.json, and `DiffusionPipeline` can sample from it.
+
+Functions take an `experiment.Experiment` as `model`.
 """
 
 import collections
 import json
 import pathlib
-import shutil
 
 import numpy as np
 import safetensors.numpy
 from flax import traverse_util
 
-import experiment
+from runtime.files import atomic
 
-# Fields that have to be so; networks say all their defaults.
+# Values that fields of each network must have.
 _REQUIRED = {
   'ncsnpp': {
     'conditioning': ('sigma',),
@@ -50,7 +52,7 @@ _REQUIRED = {
     'nonlinearity': ('swish',),
   },
 }
-# Children of a block, ours and theirs.
+# Children of a block: names in this project, and in diffusers.
 _RESNET = {
   'GroupNorm_0': 'norm1',
   'Conv_0': 'conv1',
@@ -69,26 +71,28 @@ _ATTENTION = {
 }
 
 
-def export(folder, config, ema_params):
-  """Writes the folder, whole or not at all.
+def export(folder, model, ema_params):
+  """Write the folder atomically.
 
   Args:
-    folder: must not exist.
-    config: the ConfigDict of the run.
-    ema_params: its averaged parameters, a pytree of arrays.
+    folder: path of the folder; it must not exist.
+    model: the Experiment.
+    ema_params: averaged parameters, a pytree of arrays.
 
   Returns:
-    The name of the pipeline that samples it, None if diffusers has none.
+    The name of the pipeline that samples from the folder, or None if diffusers
+    has none.
 
   Raises:
-    ValueError: `UNet2DModel` cannot be this network, or the folder exists.
+    ValueError: `UNet2DModel` cannot represent the network, or the folder
+      exists.
   """
   folder = pathlib.Path(folder)
-  check(config)
+  check(model)
   if folder.exists():
     raise ValueError(f'{folder} exists already: choose another --output.')
-  files = {'unet/config.json': unet_config(config)}
-  pipeline, scheduler = _pipeline(config)
+  files = {'unet/config.json': unet_config(model)}
+  pipeline, scheduler = _pipeline(model)
   if pipeline:
     name = scheduler['_class_name']
     files['scheduler/scheduler_config.json'] = scheduler
@@ -97,32 +101,32 @@ def export(folder, config, ema_params):
       'unet': ['diffusers', 'UNet2DModel'],
       'scheduler': ['diffusers', name],
     }
-  part = folder.with_name(folder.name + '.part')
-  shutil.rmtree(part, ignore_errors=True)
-  for name, content in files.items():
-    path = part / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + '\n')
-  safetensors.numpy.save_file(
-    unet_tensors(config, ema_params),
-    part / 'unet' / 'diffusion_pytorch_model.safetensors',
-    {'format': 'pt'},
-  )
-  part.rename(folder)
+  with atomic(folder) as part:
+    for name, content in files.items():
+      path = part / name
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_text(json.dumps(content, indent=2) + '\n')
+    safetensors.numpy.save_file(
+      unet_tensors(model, ema_params),
+      part / 'unet' / 'diffusion_pytorch_model.safetensors',
+      {'format': 'pt'},
+    )
   return pipeline
 
 
-def check(config):
-  """Raises ValueError, with the reason, for what `UNet2DModel` cannot be."""
-  for reason in _obstacles(config):
+def check(model):
+  """Raise ValueError with the reason if `UNet2DModel` cannot represent it."""
+  for reason in _obstacles(model):
     raise ValueError(
       f"diffusers' UNet2DModel cannot be this network exactly: {reason}. "
       'Export to a FILE.safetensors instead.'
     )
 
 
-def _obstacles(config):
-  network, name = experiment.make_network(config), config.model.name
+def _obstacles(model):
+  """Yield the reasons why `UNet2DModel` cannot represent the model."""
+  network, config = model.network, model.config
+  name = config.model.name
   if name not in _REQUIRED:
     yield f'it has no equivalent of model.name={name!r}'
     return
@@ -133,34 +137,40 @@ def _obstacles(config):
       yield f'model.{field} is {value!r}, where it can only be {choices}'
   if name == 'ncsnpp':
     if config.data.num_channels != 3:
-      yield f'data.num_channels is {config.data.num_channels}, where it knows 3'
+      yield (
+        f'data.num_channels is {config.data.num_channels}, where it can only '
+        'be 3'
+      )
     for level, channels in enumerate(_channels(network)):
-      if _attends(config, network, level) and (channels < 128 or channels % 32):
+      if _attends(model, level) and (channels < 128 or channels % 32):
         yield (
           'its attention normalises 32 groups of at least 4 channels, and '
           f'there are {channels} at one of model.attn_resolutions'
         )
-  placed = {ours for ours, _, _ in _modules(config)}
-  for left in sorted(experiment.abstract_params(config).keys() - placed):
+  placed = {ours for ours, _, _ in _modules(model)}
+  for left in sorted(model.abstract_params().keys() - placed):
     yield f'it has no place for {left}'
 
 
 def _channels(network):
+  """Return the number of channels at each resolution."""
   return [network.nf * mult for mult in network.ch_mult]
 
 
-def _attends(config, network, level):
-  return config.data.image_size >> level in network.attn_resolutions
+def _attends(model, level):
+  """Return whether the network has attention at a resolution."""
+  size = model.config.data.image_size >> level
+  return size in model.network.attn_resolutions
 
 
-def unet_config(config):
-  """The arguments of `UNet2DModel`."""
-  network, data = experiment.make_network(config), config.data
-  skip = 'Skip' if config.model.name == 'ncsnpp' else ''
+def unet_config(model):
+  """Return the arguments of `UNet2DModel`, a dict."""
+  network, data = model.network, model.config.data
+  skip = 'Skip' if model.config.model.name == 'ncsnpp' else ''
 
   def block_types(way):
     return [
-      f'{"Attn" if _attends(config, network, level) else ""}{skip}{way}Block2D'
+      f'{"Attn" if _attends(model, level) else ""}{skip}{way}Block2D'
       for level in range(len(network.ch_mult))
     ]
 
@@ -178,7 +188,7 @@ def unet_config(config):
     'down_block_types': block_types('Down'),
     'up_block_types': block_types('Up')[::-1],
     'mid_block_scale_factor': 2**0.5 if skip else 1,
-    'downsample_padding': 0,  # At the far borders only.
+    'downsample_padding': 0,  # It pads at the far borders only.
     'attention_head_dim': None,  # A single head.
     'norm_num_groups': None if skip else 32,
     'norm_eps': 1e-6,
@@ -187,10 +197,14 @@ def unet_config(config):
   }
 
 
-def _pipeline(config):
-  """(class of the pipeline, config of its scheduler), or (None, None)."""
-  sde, options = experiment.make_sde(config), config.sampling
-  if config.model.conditioning == 'sigma':
+def _pipeline(model):
+  """Return (class of the pipeline, config of its scheduler), or two Nones."""
+  sde, config = model.sde, model.config
+  options, trained = (
+    config.sampling,
+    (config.sde.name, config.model.conditioning),
+  )
+  if trained == ('ve', 'sigma'):
     return 'ScoreSdeVePipeline', {
       '_class_name': 'ScoreSdeVeScheduler',
       'num_train_timesteps': options.num_steps,
@@ -200,15 +214,15 @@ def _pipeline(config):
       'sampling_eps': options.eps,
       'correct_steps': (options.corrector != 'none') * options.corrector_steps,
     }
-  if config.model.conditioning == 'ddpm_label':
-    forward = options.ancestral_variance == 'forward'
+  if trained == ('ddpm', 'ddpm_label'):
+    posterior = options.ancestral_variance == 'posterior'
     return 'DDPMPipeline', {
       '_class_name': 'DDPMScheduler',
       'num_train_timesteps': sde.num_scales,
       'beta_schedule': 'linear',
       'beta_start': sde.beta_min / sde.num_scales,
       'beta_end': sde.beta_max / sde.num_scales,
-      'variance_type': 'fixed_large' if forward else 'fixed_small',
+      'variance_type': 'fixed_small' if posterior else 'fixed_large',
       'clip_sample': False,
       'prediction_type': 'epsilon',
     }
@@ -218,23 +232,23 @@ def _pipeline(config):
 # ----------------------------------------------------------------- tensors
 
 
-def unet_tensors(config, ema_params):
-  """Parameters by diffusers' names and in PyTorch's layout."""
+def unet_tensors(model, ema_params):
+  """Return the parameters with diffusers' names and PyTorch's layout."""
   tensors = {}
-  for ours, kind, module in _modules(config):
+  for ours, kind, module in _modules(model):
     params = traverse_util.flatten_dict(ema_params[ours])
     for (*child, leaf), value in params.items():
       parts = module, *(_child(kind, name) for name in child)
       leaf = 'bias' if leaf in ('bias', 'b') else 'weight'
       name = '.'.join(filter(None, (*parts, leaf)))
-      # Convolutions are [H, W, I, O] here, [O, I, H, W] there; products [I, O]
-      # and [O, I], some of which are 1x1 convolutions there.
+      # Convolutions are [H, W, I, O] here and [O, I, H, W] there. Products are
+      # [I, O] here and [O, I] there, where some are 1x1 convolutions.
       value = np.transpose(value, (3, 2, 0, 1) if value.ndim == 4 else None)
       if name.endswith('conv_shortcut.weight') and value.ndim == 2:
         value = value[:, :, None, None]
       tensors[name] = np.ascontiguousarray(value)
-  # What diffusers has and the paper's DDPM has not adds zero to its input.
-  last = config.model.num_res_blocks
+  # The attentions that only diffusers has add zero to their input.
+  last = model.network.num_res_blocks
   for name in list(tensors):
     block, attends, leaf = name.partition(f'.attentions.{last}.')
     for k in range(last if attends else 0):
@@ -244,27 +258,28 @@ def unet_tensors(config, ema_params):
 
 
 def _child(kind, name):
+  """Return the name that diffusers gives to the child of a module."""
   if kind.startswith('Resnet'):
     return _RESNET[name]
   return _ATTENTION[name] if kind.startswith('Attn') else ''
 
 
-def _modules(config):
-  """(name here, its class, name there) of each module."""
+def _modules(model):
+  """Yield (name here, class here, name there) for each module."""
   counts = collections.Counter()
-  for kind, theirs in _walk(config):
+  for kind, theirs in _walk(model):
     yield f'{kind}_{counts[kind]}', kind, theirs
     counts[kind] += 1
 
 
-def _walk(config):
-  """(class here, name there) in the network's order of construction.
+def _walk(model):
+  """Yield (class here, name there) in the network's order of construction.
 
-  Modules of a class are numbered in this order, which is what ties the two.
+  Flax numbers the modules of a class in this order, so the order tells which
+  module here is which module there.
   """
-  network = experiment.make_network(config)
-  depth, blocks = len(network.ch_mult), network.num_res_blocks
-  skip = config.model.name == 'ncsnpp'
+  depth, blocks = len(model.network.ch_mult), model.network.num_res_blocks
+  skip = model.config.model.name == 'ncsnpp'
   resnet = 'ResnetBlockBigGANpp' if skip else 'ResnetBlockDDPM'
   attention = 'AttnBlockpp' if skip else 'AttnBlock'
 
@@ -277,7 +292,7 @@ def _walk(config):
     at = f'down_blocks.{level}'
     for k in range(blocks):
       yield resnet, f'{at}.resnets.{k}'
-      if _attends(config, network, level):
+      if _attends(model, level):
         yield attention, f'{at}.attentions.{k}'
     if level < depth - 1 and skip:
       yield resnet, f'{at}.resnet_down'
@@ -293,7 +308,7 @@ def _walk(config):
     at = f'up_blocks.{depth - 1 - level}'
     for k in range(blocks + 1):
       yield resnet, f'{at}.resnets.{k}'
-    if _attends(config, network, level):
+    if _attends(model, level):
       yield attention, f'{at}.attentions.{0 if skip else blocks}'
     if level and skip:
       yield 'GroupNorm', f'{at}.skip_norm'

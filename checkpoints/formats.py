@@ -1,27 +1,25 @@
-"""The paper's released checkpoints, and models in files of their own.
+"""The paper's released checkpoints, and trained models as single files.
 
-Three formats are read, told apart by their first bytes:
+Three formats are read. The first bytes of a file tell which one it has:
 
 - JAX release, `checkpoint_N`: msgpack of {step, params_ema, optimizer: {target,
-  state: {step, param_states}}, ...}, or of a classifier's parameters alone.
+  state: {step, param_states}}, ...}, or of the parameters of a classifier.
 - PyTorch release, `checkpoint_N.pth`: {step, model, ema, optimizer}, whose
-  modules are numbered in order of construction.
-- safetensors, as `export` writes: averaged parameters and their config.
+  modules are numbered in the order of their construction.
+- safetensors, which `export` writes: averaged parameters and their config.
 
-No code of a file is ever run, and a file is believed only as far as its
-parameters have the shapes of the config's network.
+No code that a file contains is ever run, and a file is accepted only if its
+parameters have the names and shapes of the given network.
 """
 
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import typing
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import msgpack
 import numpy as np
 import optax
@@ -29,23 +27,25 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
-import experiment
 from runtime import torch_file
+from runtime.files import atomic
 
 _DTYPES = ('float32', 'float64', 'float16', 'int32', 'int64', 'uint32', 'bool')
-_NDARRAY, _SCALAR = 1, 3  # flax's codes of msgpack extensions
+_NDARRAY, _SCALAR = 1, 3  # Codes that flax gives its msgpack extensions.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Released:
-  """What a file holds; pytrees are nested dicts of float32 numpy arrays.
+  """The content of a file; pytrees are nested dicts of float32 numpy arrays.
 
   Attributes:
-    step: training steps taken.
+    step: number of training steps taken.
     params: parameters.
-    ema_params: their moving average; the parameters, if the file has no other.
-    adam_mu, adam_nu: Adam's moments, shaped as params, or None.
-    adam_count: updates that Adam has made.
+    ema_params: their moving average; equal to `params` if the file has one set
+      of parameters only.
+    adam_mu: first moments of Adam, with the shapes of `params`, or None.
+    adam_nu: second moments of Adam, likewise.
+    adam_count: number of updates that Adam has made.
   """
 
   step: int
@@ -56,38 +56,50 @@ class Released:
   adam_count: int = 0
 
 
-def load(path, config) -> Released:
-  """Reads a file of the network of config.
+def load(path, network, shape) -> Released:
+  """Return the content of a file that belongs to a network.
 
   Args:
-    path: a file of any of the formats above.
-    config: a ConfigDict; its model and data sections matter.
+    path: a file of any of the three formats.
+    network: a flax module, called as network(x, cond, train=).
+    shape: shape of x, [B, H, W, C] or [B, D]; B has no effect.
 
   Raises:
     FileNotFoundError: there is no such file.
-    ValueError: it is damaged, of no known format, or of another network; then
-      the first parameter that differs is named, with both shapes.
+    ValueError: the file is damaged, of an unknown format, or of another
+      network; in the last case the message names the first parameter that
+      differs, with both shapes.
   """
-  shape = experiment.image_shape(config, 1)
-  return _load(path, experiment.make_network(config), shape)
-
-
-def load_classifier(path, network, *, image_size=32, num_channels=3):
-  """Parameters of a noise-conditional classifier; errors as `load`.
-
-  Args:
-    path: a file of any of the formats above.
-    network: a flax module, called as network(x, cond, train=).
-    image_size, num_channels: of the images that it classifies.
-  """
-  shape = (1, image_size, image_size, num_channels)
-  return _load(path, network, shape).params
+  path = _existing(path)
+  shapes = _network_shapes(network, (1, *shape[1:]))
+  with open(path, 'rb') as stream:
+    start = stream.read(9)
+  if start[8:] == b'{':
+    read = _read_safetensors
+  elif start[:2] == b'PK' or start[:1] == b'\x80':
+    read = _read_torch
+  else:
+    read = _read_msgpack
+  try:
+    fields = read(path, shapes)
+    for key, value in fields.items():
+      flat = isinstance(value, dict)
+      fields[key] = _fit(path, value, shapes) if flat else int(value)
+    return Released(**fields)
+  except (AttributeError, IndexError, KeyError, TypeError) as error:
+    # A file with another layout can raise any of these.
+    raise ValueError(
+      f'{path} is not a checkpoint of a score model or a classifier '
+      f'({type(error).__name__}: {error}).'
+    ) from None
 
 
 def optimizer_state(optimizer, released):
-  """State of `losses.make_optimizer(..)` from which training continues.
+  """Return the state of an optimizer from which training continues.
 
-  Without moments in the file, Adam begins anew.
+  Args:
+    optimizer: optax transformation that contains Adam.
+    released: content of a file. If it has no moments, Adam starts from zero.
   """
   if released.adam_mu is None:
     return optimizer.init(released.params)
@@ -111,46 +123,46 @@ def optimizer_state(optimizer, released):
 # ----------------------------------------------------------------- export
 
 
-def export(path, config, ema_params, *, step=0):
-  """Writes averaged parameters, and config and step as metadata.
+def export(path, config_json, ema_params, step=0):
+  """Write averaged parameters to a safetensors file, with config and step.
 
-  Tensors are named by their path in the pytree, joined by dots.
+  The tensors are named by their path in the pytree, joined by dots. Config and
+  step are in the metadata of the file, which is written atomically.
 
   Args:
-    path: of a safetensors file; written whole or not at all.
-    config: the ConfigDict of the run.
+    path: path of the file.
+    config_json: the config of the run as JSON text.
     ema_params: pytree of arrays.
-    step: training steps taken.
+    step: number of training steps taken.
   """
   tensors = {
     '.'.join(name): np.ascontiguousarray(value)
     for name, value in traverse_util.flatten_dict(ema_params).items()
   }
-  metadata = {'config': config.to_json_best_effort(), 'step': str(int(step))}
-  part = f'{path}.part'
-  safetensors.numpy.save_file(tensors, part, metadata)
-  os.replace(part, path)
+  metadata = {'config': config_json, 'step': str(int(step))}
+  with atomic(path) as part:
+    safetensors.numpy.save_file(tensors, part, metadata)
 
 
-def exported_config(path):
-  """The ConfigDict in a file that `export` wrote."""
+def exported_config(path) -> dict[str, typing.Any]:
+  """Return the config in a file of `export`, with lists for tuples.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it is no safetensors file, or has no config.
+  """
   with _open_safetensors(_existing(path)) as file:
     text = (file.metadata() or {}).get('config')
   if text is None:
-    raise ValueError(f'{path} has no config: it is not of `export`.')
-
-  def tuples(value):
-    if isinstance(value, dict):
-      return {key: tuples(v) for key, v in value.items()}
-    return tuple(value) if isinstance(value, list) else value
-
-  return ml_collections.ConfigDict(tuples(json.loads(text))).lock()
+    raise ValueError(f'{path} has no config: `--mode export` did not write it.')
+  return json.loads(text)
 
 
 # ---------------------------------------------------------------- matching
 
 
 def _existing(path):
+  """Return the path of a file that exists."""
   path = pathlib.Path(path).expanduser()
   if not path.is_file():
     raise FileNotFoundError(f'There is no checkpoint file {path}.')
@@ -159,7 +171,7 @@ def _existing(path):
 
 @functools.cache
 def _network_shapes(network, image_shape):
-  """{path in the pytree: shape}, in the network's order of construction."""
+  """Return {path in the pytree: shape}, in the order of construction."""
   names = []
 
   def init(rng):
@@ -173,37 +185,13 @@ def _network_shapes(network, image_shape):
   return {name: flat[name].shape for name in names}
 
 
-def _load(path, network, image_shape):
-  path, shapes = _existing(path), _network_shapes(network, image_shape)
-  with open(path, 'rb') as stream:
-    start = stream.read(9)
-  if start[8:] == b'{':
-    read = _read_safetensors
-  elif start[:2] == b'PK' or start[:1] == b'\x80':
-    read = _read_torch
-  else:
-    read = _read_msgpack
-  try:
-    fields = read(path, shapes)
-    for key, value in fields.items():
-      flat = isinstance(value, dict)
-      fields[key] = _fit(path, value, shapes) if flat else int(value)
-    return Released(**fields)
-  except (AttributeError, IndexError, KeyError, TypeError) as error:
-    # It is not laid out as expected; what it trips over is unforeseeable.
-    raise ValueError(
-      f'{path} is not a checkpoint of a score model or a classifier '
-      f'({type(error).__name__}: {error}).'
-    ) from None
-
-
 def _fit(path, flat, shapes):
-  """Nests {name: array}, if it has just the network's names and shapes."""
+  """Return the pytree of {name: array}, if it has the names and shapes."""
   nested = {}
   for name in (*shapes, *sorted(flat.keys() - shapes.keys())):
     value = flat.pop(name, None)
     ours = shapes.get(name, 'absent')
-    # How flax saved GroupNorm's scale and bias in 2021.
+    # In 2021 flax saved the scale and bias of GroupNorm as [1, 1, 1, C].
     if value is not None and len(ours) == 1 and value.shape[:-1] == (1, 1, 1):
       value = value.reshape(-1)
     theirs = 'absent' if value is None else value.shape
@@ -220,6 +208,7 @@ def _fit(path, flat, shapes):
 
 
 def _open_safetensors(path):
+  """Open a safetensors file, or raise ValueError."""
   try:
     return safetensors.safe_open(path, framework='np')
   except safetensors.SafetensorError as error:
@@ -229,6 +218,7 @@ def _open_safetensors(path):
 
 
 def _read_safetensors(path, shapes):
+  """Return the fields of `Released` in a file of `export`."""
   del shapes
   with _open_safetensors(path) as file:
     keys, metadata = file.keys(), file.metadata() or {}
@@ -245,7 +235,7 @@ def _read_safetensors(path, shapes):
 
 
 def _array(code, data):
-  """A numpy array, from the extension that flax writes it as."""
+  """Return the numpy array of a msgpack extension that flax wrote."""
   if code not in (_NDARRAY, _SCALAR):
     raise ValueError(f'unknown extension {code}')
   shape, dtype, buffer = msgpack.unpackb(data, max_array_len=16)
@@ -255,11 +245,13 @@ def _array(code, data):
 
 
 def _read_msgpack(path, shapes):
+  """Return the fields of `Released` in a file of the JAX release."""
   del shapes
   size = path.stat().st_size
   with open(path, 'rb') as stream:
-    # Read piece by piece: never the file and its arrays at once. Lists are
-    # refused since their length is believed before their content is there.
+    # The file is read in pieces, so that it and its arrays are never in memory
+    # together. Lists are refused, because msgpack reserves memory for their
+    # declared length before it has read their content.
     unpacker = msgpack.Unpacker(
       stream,
       read_size=1 << 20,
@@ -296,10 +288,10 @@ def _read_msgpack(path, shapes):
 
 
 def _from_torch(name, array):
-  """Flax's name of a parameter's leaf, and its array.
+  """Return the name and the array of a parameter as flax has them.
 
-  Convolutions are [O, I, H, W] there and [H, W, I, O] here; dense layers are
-  [O, I] there and [I, O] here.
+  Convolutions are [O, I, H, W] in PyTorch and [H, W, I, O] in flax; dense
+  layers are [O, I] and [I, O].
   """
   *parents, leaf = name
   if leaf == 'weight':
@@ -311,31 +303,38 @@ def _from_torch(name, array):
   return (*parents, leaf), np.ascontiguousarray(array)
 
 
-def _read_torch(path, shapes):
-  raw = torch_file.load(path)
-  model, shadow = raw['model'], raw['ema']['shadow_params']
-  slots, groups = raw['optimizer']['state'], raw['optimizer']['param_groups']
+def _torch_names(path, keys, shapes):
+  """Return the paths, with PyTorch's leaves, of all_modules.N.CHILD.LEAF.
 
-  # all_modules.N.CHILD.LEAF, where N counts the modules that have parameters.
-  keys = [key for key in model if key.removeprefix('module.') != 'sigmas']
+  N counts the modules that have parameters, in the order of construction.
+  """
   names = [tuple(key.removeprefix('module.').split('.')) for key in keys]
   if any(n[0] != 'all_modules' or not n[1].isdecimal() for n in names):
     raise ValueError(
-      f'{path}: of PyTorch checkpoints, those of NCSN++, DDPM++ and DDPM are '
-      f'read; this has a parameter {keys[0]}.'
+      f'{path} has a parameter {keys[0]}: PyTorch checkpoints can be read for '
+      'NCSN++, DDPM++ and DDPM only.'
     )
   modules = dict.fromkeys(name[0] for name in shapes)
   numbers = sorted({int(name[1]) for name in names})
   ours = dict(zip(numbers, modules, strict=False))
-  names = [
+  return [
     (ours.get(int(name[1]), f'all_modules.{name[1]}'), *name[2:])
     for name in names
   ]
-  # The Fourier frequencies: neither averaged nor optimised.
+
+
+def _read_torch(path, shapes):
+  """Return the fields of `Released` in a file of the PyTorch release."""
+  raw = torch_file.load(path)
+  model, shadow = raw['model'], raw['ema']['shadow_params']
+  slots, groups = raw['optimizer']['state'], raw['optimizer']['param_groups']
+  keys = [key for key in model if key.removeprefix('module.') != 'sigmas']
+  names = _torch_names(path, keys, shapes)
+  # The Fourier frequencies are neither averaged nor optimised.
   frozen = [len(name) == 2 and name[1] == 'W' for name in names]
 
   def trainable(values, other):
-    """values, one by one for those that are trained; other(i) for the rest."""
+    """Return values for the trained parameters, other(i) for the others."""
     if len(values) != frozen.count(False):
       raise ValueError(
         f'{path} has {len(values)} averages or moments for '
@@ -347,7 +346,7 @@ def _read_torch(path, shapes):
   def flat(arrays):
     renamed = {}
     for i, name in enumerate(names):
-      # Let go of one array as the next is copied.
+      # Each array is released as soon as it is copied, to save memory.
       array, arrays[i] = arrays[i], None
       name, array = _from_torch(name, array)
       renamed[name] = array

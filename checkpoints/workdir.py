@@ -1,13 +1,16 @@
-"""Checkpoints of a run: asynchronous, atomic, the best and the last kept.
+"""A run's folder: its config, and its checkpoints, written in the background.
 
-A thin wrapper of Orbax. A checkpoint holds two items: `state`, all that
-training needs, and `ema`, the averaged parameters alone, which is what
-sampling and evaluation read. A step that is being written when the process
-dies does not exist afterwards; the one before it does.
+The checkpoints are Orbax's. Each holds two items: `state`, everything that
+training needs besides the averaged parameters, and `ema`, the averaged
+parameters, which are all that sampling and evaluation read. A checkpoint that
+is being written when the process dies is not listed afterwards; the earlier
+ones are.
 """
 
 import json
 import pathlib
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -15,70 +18,107 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from runtime.files import write_text
+from runtime.files import write_json
 
-# Orbax warns of every checkpoint that is opened for reading.
+# Orbax logs a warning for every checkpoint that is opened for reading.
 logging.set_verbosity(logging.ERROR)
 
 
-def _differences(new, old, prefix=''):
-  for key in sorted(new.keys() | old.keys()):
-    a, b = new.get(key), old.get(key)
-    if isinstance(a, dict) and isinstance(b, dict):
-      yield from _differences(a, b, f'{prefix}{key}.')
-    elif a != b:
-      yield f'{prefix}{key}', a, b
+# ----------------------------------------------------------------- config
 
 
-# What a run is: changing it on resume would train another model on the state.
-_FIXED = ('data', 'sde', 'model')
+def read_config(workdir) -> dict[str, Any]:
+  """Return the config of a run as nested dicts, with lists for tuples.
+
+  Raises:
+    FileNotFoundError: no run was started in this folder.
+    ValueError: the file is damaged.
+  """
+  path = pathlib.Path(workdir) / 'config.json'
+  if not path.is_file():
+    raise FileNotFoundError(
+      f'There is no {path}: train with this --workdir first.'
+    )
+  try:
+    return json.loads(path.read_text())
+  except ValueError as error:
+    raise ValueError(f'{path} is not a readable JSON file: {error}') from None
 
 
-def claim_workdir(config, workdir, *, write=True):
-  """Makes workdir the one of this config, and keeps the config in it.
+def claim(
+  workdir,
+  config_dict: Mapping[str, Any],
+  fixed: Collection[str],
+  *,
+  upgrade: Callable[[dict], Mapping] = dict,
+  write: bool = True,
+) -> None:
+  """Check that a folder belongs to this config, and keep the config in it.
+
+  A key that the stored config does not have was introduced later, and is not
+  compared.
 
   Args:
-    config: a ConfigDict.
-    workdir: of the run.
+    workdir: folder of the run; it is made if it does not exist.
+    config_dict: the config as nested dicts of values that JSON can hold.
+    fixed: dotted keys whose values must not change when a run is resumed.
+    upgrade: turns the stored config into one with today's keys.
     write: False to check only.
 
   Raises:
-    ValueError: it belongs to a config with other data, process or network.
+    ValueError: the stored config has another value for a key of `fixed`.
   """
-  workdir = pathlib.Path(workdir)
-  path = workdir / 'config.json'
-  new = json.loads(config.to_json_best_effort())
+  path = pathlib.Path(workdir) / 'config.json'
   if path.is_file():
-    old = json.loads(path.read_text())
-    for key, ours, theirs in _differences(new, old):
-      # Where the same data lie, and how they are computed with, may change.
-      harmless = key in ('data.path', 'model.remat', 'model.dtype')
-      if key.split('.')[0] in _FIXED and not harmless:
+    old, new = _leaves(upgrade(read_config(workdir))), _leaves(config_dict)
+    for key in sorted(old.keys() & set(fixed)):
+      if old[key] != new.get(key):
         raise ValueError(
-          f'{workdir} belongs to a run with config.{key}={theirs!r}, not '
-          f'{ours!r}: choose another --workdir, or that value.'
+          f'{workdir} belongs to a run with config.{key}={old[key]!r}, not '
+          f'{new.get(key)!r}: choose another --workdir, or that value.'
         )
   if write and jax.process_index() == 0:
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(new, indent=1) + '\n')
+    write_json(path, config_dict)
+
+
+def _leaves(config, prefix=''):
+  """Return {dotted key: value} of nested dicts, with tuples for lists."""
+  leaves = {}
+  for key, value in config.items():
+    if isinstance(value, Mapping):
+      leaves |= _leaves(value, f'{prefix}{key}.')
+    else:
+      leaves[prefix + key] = tuple(value) if isinstance(value, list) else value
+  return leaves
+
+
+# ------------------------------------------------------------- checkpoints
 
 
 def _reason(error):
-  """The first line of an error, cut short: Orbax's are pages long."""
+  """Return the first line of an error, shortened: Orbax's fill pages."""
   lines = str(error).strip().splitlines() or [type(error).__name__]
   return lines[0][:160]
 
 
 class Checkpoints:
-  """The checkpoints in workdir/checkpoints; a context manager."""
+  """The checkpoints in workdir/checkpoints; a context manager.
+
+  The best checkpoint, by test loss, and the last two are kept, besides those
+  that `keep_every` selects.
+  """
 
   def __init__(self, workdir, *, keep_every=None):
-    """Opens them.
+    """Open the checkpoints.
 
     Args:
-      workdir: of the run.
-      keep_every: keep all whose step is a multiple of it, besides the best and
-        the last two; None to open them for reading only.
+      workdir: folder of the run.
+      keep_every: checkpoints whose step is a multiple of this number are kept
+        as well, with 0 none. None opens the checkpoints for reading only.
+
+    Raises:
+      FileNotFoundError: they are opened for reading, and there are none.
+      ValueError: a file is damaged.
     """
     self._folder = epath.Path(workdir).absolute() / 'checkpoints'
     policy, best = preservation_policy, lambda metrics: metrics['loss']
@@ -92,8 +132,9 @@ class Checkpoints:
       keep = [
         policy.LatestN(2),
         policy.BestN(get_metric_fn=best, reverse=True, n=1),
-        policy.EveryNSteps(keep_every),
       ]
+      if keep_every:
+        keep.append(policy.EveryNSteps(keep_every))
     options = ocp.CheckpointManagerOptions(
       preservation_policy=policy.AnyPreservationPolicy(keep),
       best_fn=best,
@@ -105,7 +146,7 @@ class Checkpoints:
       self._manager = ocp.CheckpointManager(
         self._folder, item_names=('state', 'ema'), options=options
       )
-    except ValueError as error:  # A file of metrics is cut.
+    except ValueError as error:  # A file of metrics is incomplete.
       raise ValueError(
         f'The checkpoints in {self._folder} cannot be read (one is damaged: '
         f'move it away): {_reason(error)}'
@@ -119,25 +160,29 @@ class Checkpoints:
 
   @property
   def steps(self):
-    """Steps that can be restored, in order."""
+    """The steps that can be restored, in increasing order."""
     return sorted(self._manager.all_steps())
 
   @property
   def last(self):
-    """The last step, or None."""
+    """The last step, or None if there is no checkpoint."""
     return self._manager.latest_step()
 
   @property
   def best(self):
-    """The step of the smallest test loss; the last if none was measured."""
+    """The step with the smallest test loss, else the last step."""
     step = self._manager.best_step()
     return self.last if step is None else step
 
   def select(self, which):
-    """Steps that `config.eval.checkpoint` names.
+    """Return the steps that a value of `config.eval.checkpoint` selects.
 
     Args:
-      which: 'last', 'best', 'all', a step, or 'first:last' (inclusive).
+      which: 'last', 'best', 'all', a step, or 'first:last', a range of steps
+        with both ends.
+
+    Returns:
+      A list of at least one step, in increasing order.
 
     Raises:
       ValueError: there is no such checkpoint.
@@ -165,13 +210,15 @@ class Checkpoints:
     return chosen
 
   def save(self, step, state, ema, *, loss=None):
-    """Begins to save; it is done when this returns only for the caller.
+    """Start to save a checkpoint in the background; see `wait`.
+
+    The arrays may be changed or deleted as soon as this returns.
 
     Args:
       step: number of training steps taken.
       state: pytree of arrays.
-      ema: averaged parameters.
-      loss: test loss, by which the best is chosen.
+      ema: averaged parameters, a pytree of arrays.
+      loss: test loss, by which the best checkpoint is chosen.
     """
     self._manager.save(
       step,
@@ -183,11 +230,11 @@ class Checkpoints:
     )
 
   def wait(self):
-    """Returns when all that was saved is on disk."""
+    """Wait until everything that was saved is on disk."""
     self._manager.wait_until_finished()
 
   def restore(self, step, like, item):
-    """Reads one item.
+    """Return one item of a checkpoint, a pytree of arrays.
 
     Args:
       step: one of `steps`.
@@ -195,12 +242,12 @@ class Checkpoints:
       item: 'state' or 'ema'.
 
     Raises:
-      ValueError: it is damaged, or of another network.
+      ValueError: the checkpoint is damaged, or belongs to another network.
     """
     try:
       args = ocp.args.Composite(**{item: ocp.args.StandardRestore(like)})
       return self._manager.restore(step, args=args)[item]
-    except Exception as error:  # The type that Orbax raises for a cut file.
+    except Exception as error:  # Orbax raises many types for damaged files.
       raise ValueError(
         f'Checkpoint {self._folder}/{step} cannot be read (damaged, or of '
         f'another network): {_reason(error)}'
@@ -208,12 +255,17 @@ class Checkpoints:
 
 
 def restore_ema(workdir, like, which='last'):
-  """Averaged parameters of a run, on the default device.
+  """Return the averaged parameters of a run, on the default device.
 
   Args:
-    workdir: of the run.
-    like: pytree of shapes and dtypes: `experiment.abstract_params(config)`.
-    which: as `Checkpoints.select`; the last of those it names.
+    workdir: folder of the run.
+    like: shapes and dtypes of the parameters, a pytree.
+    which: see `Checkpoints.select`; the last step that it selects is read.
+
+  Raises:
+    FileNotFoundError: the run has no checkpoints.
+    ValueError: there is no such checkpoint, it is damaged, or it belongs to
+      another network.
   """
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   like = jax.tree.map(

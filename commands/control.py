@@ -1,326 +1,365 @@
 """Controlled generation by `--mode sample`: what config.control asks for.
 
 Classes ('classifier', 'labels') give a grid of samples with a column for each
-class; inverse problems ('inpaint', 'colorize', ...) take images, measure them,
-and draw original, measurement and reconstructions side by side.
+class. Inverse problems ('inpaint', 'colorize', ...) take images, measure them,
+and show original, measurement and reconstructions side by side.
 """
 
-import functools
-import json
+import abc
+import dataclasses
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
-import controllable_generation
 import experiment
-import run_lib
 from checkpoints.workdir import restore_ema
-from commands import evaluate
-from controllable_generation import METHODS, OPERATORS
-from data import datasets, sources
+from commands import trained
+from controllable_generation import (
+  CONTROLS,
+  MASKS,
+  METHODS,
+  OPERATORS,
+  ClassifierGuidance,
+  Guidance,
+  Method,
+  Operator,
+)
+from data import datasets, pixels, sources
 from reporting.pictures import save_samples
+from runtime import options
 from runtime.files import save_npz
-from runtime.progress import Progress, say
-
-CLASSES = ('classifier', 'labels')
-CONTROLS = (*CLASSES, *OPERATORS)
-# Above the noise of any process: there, a solver has gone astray.
-DIVERGED = 1e4
+from runtime.progress import say
 
 
-def check(config):
-  """Raises a ValueError, with the mend, for a control that cannot run."""
-  control, data = config.control, config.data
-  name = control.name
-  experiment.check(config)
-  experiment.make_sampler(config, 1)
-  if name not in CONTROLS:
-    raise ValueError(f'config.control.name={name!r} is none of {CONTROLS}.')
-  if name == 'labels' and not experiment.num_labels(config):
-    raise ValueError(
-      "config.control.name='labels' needs a network that was trained with "
-      'config.model.num_labels; another can be guided by a classifier.'
-    )
-  if name == 'classifier' and not control.classifier_workdir:
-    raise ValueError(
-      "config.control.name='classifier' needs config.control."
-      "classifier_workdir, of a run with a classifier's config."
-    )
-  if name in CLASSES:
-    return
-  if data.dims:
-    raise ValueError(f'config.control.name={name!r} is for images, not points.')
-  if control.method not in METHODS:
-    raise ValueError(
-      f'config.control.method={control.method!r} is none of {[*METHODS]}.'
-    )
-  if control.method == 'projection' and not OPERATORS[name].orthonormal:
-    raise ValueError(
-      f'config.control.name={name!r} is no projection: set config.control.'
-      "method to 'pigdm' or 'dps'."
-    )
-  if control.method == 'dps' and control.noise_std <= 0:
-    raise ValueError(
-      "config.control.method='dps' divides by config.control.noise_std: set "
-      'it above 0, 0.05 say.'
-    )
-  if control.fresh_noise and config.sampling.method != 'pc':
-    raise ValueError(
-      'config.control.fresh_noise needs config.sampling.method=pc: other '
-      'solvers take the score to be a function.'
-    )
-  if name == 'colorize' and data.num_channels != 3:
-    raise ValueError(
-      f"config.control.name='colorize' needs 3 channels, not "
-      f'config.data.num_channels={data.num_channels}.'
-    )
-  if name == 'super_resolution' and data.image_size % control.factor:
-    raise ValueError(
-      f'config.control.factor={control.factor} does not divide '
-      f'config.data.image_size={data.image_size}.'
-    )
+def _build(table, config, key):
+  """Return the object of a table that config.control chooses by a key."""
+  section = {**config.control}
+  if section['mask'] not in MASKS and pathlib.Path(section['mask']).is_file():
+    fit = {'size': config.data.image_size, 'channels': 1}
+    image = sources.decode_file(pathlib.Path(section['mask']), **fit)
+    section['mask'] = image[..., 0] > 127
+  owned = {'seed': config.seed, 'centered': config.data.centered}
+  return options.build(table, section, f'control.{key}', **owned)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task(abc.ABC):
+  """What is sampled under a control, and how it is shown.
+
+  Attributes:
+    rows: what the guidance is given for each sample, arrays [count, ...].
+    shared: what it is given for all samples, pytrees.
+  """
+
+  rows: dict[str, np.ndarray]
+  shared: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+  @property
+  def count(self) -> int:
+    """Return the number of samples."""
+    return len(next(iter(self.rows.values())))
+
+  @abc.abstractmethod
+  def guide(self, score_fn, sde, **given):
+    """Return the guided score; `given` are a batch of `rows`, and `shared`."""
+
+  @abc.abstractmethod
+  def present(self, images):
+    """Return (arrays to be saved, images of the picture, its columns or None).
+
+    Args:
+      images: all samples, uint8 [count, H, W, C] (or points [count, D]).
+    """
 
 
 # ------------------------------------------------------------------- classes
 
 
-def load_classifier(config):
-  """(logits_fn(params, x, t), params, classes) of control.classifier_workdir.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassTask(Task):
+  """Samples of given classes, `label` [count].
+
+  Attributes:
+    guidance: guidance by labels.
+    columns: columns of the picture; None for a square.
+  """
+
+  guidance: Guidance
+  columns: int | None
+
+  def guide(self, score_fn, sde, **given):
+    return self.guidance(score_fn, sde, **given)
+
+  def present(self, images):
+    return {'images': images, **self.rows}, images, self.columns
+
+
+def _class_task(config, guidance, classes, **shared):
+  """Return the task of sampling config.control.label, or all classes in turn.
 
   Raises:
+    ValueError: there is no such class.
+  """
+  label, count = config.control.label, config.sampling.num_samples
+  if label >= classes:
+    raise ValueError(
+      f'config.control.label={label} is no class of {classes}: use 0 to '
+      f'{classes - 1}, or -1 for all in turn.'
+    )
+  one = label >= 0
+  labels = np.full(count, label) if one else np.arange(count) % classes
+  return ClassTask(
+    rows={'label': labels.astype(np.int32)},
+    shared=shared,
+    guidance=guidance,
+    columns=None if one else classes,
+  )
+
+
+def label_task(model):
+  """Return the task of a network that is told the class."""
+  if not model.num_labels:
+    raise ValueError(
+      "config.control.name='labels' needs a network that was trained with "
+      "config.model.num_labels: use config.control.name='classifier' with "
+      'other networks.'
+    )
+  guidance = _build(CONTROLS, model.config, 'name')
+  return _class_task(model.config, guidance, model.num_labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class ByNetwork:
+  """Guidance by a network that classifies noisy images.
+
+  Attributes:
+    guidance: guidance by the probability of a class.
+    classifier: Experiment of the network.
+  """
+
+  guidance: ClassifierGuidance
+  classifier: experiment.Experiment
+
+  def __call__(self, score_fn, sde, *, label, classifier):
+    """Return the guided score.
+
+    Args:
+      score_fn: the unconditional score.
+      sde: the process.
+      label: classes [B].
+      classifier: parameters of the classifier.
+    """
+    logits_fn = self.classifier.logits_fn(classifier)
+
+    def log_prob(x, t):
+      logp = jax.nn.log_softmax(logits_fn(x, t))
+      return jnp.take_along_axis(logp, label[:, None], 1)[:, 0]
+
+    return self.guidance(score_fn, sde, log_prob=log_prob)
+
+
+def load_classifier(model):
+  """Return (Experiment, parameters) of config.control.classifier_workdir.
+
+  Args:
+    model: Experiment of the score network.
+
+  Raises:
+    FileNotFoundError: there is no run.
     ValueError: it is no classifier, or one of another process or range.
   """
-  workdir = pathlib.Path(config.control.classifier_workdir)
+  if not model.config.control.classifier_workdir:
+    raise ValueError(
+      "config.control.name='classifier' needs config.control."
+      "classifier_workdir: set it to a run with a classifier's config."
+    )
+  workdir = pathlib.Path(model.config.control.classifier_workdir)
   if not (workdir / 'config.json').is_file():
     raise FileNotFoundError(
       f'config.control.classifier_workdir={workdir} has no config.json: train '
       "or import a classifier there, with a classifier's config."
     )
-  text = (workdir / 'config.json').read_text()
-  theirs = ml_collections.ConfigDict(json.loads(text))
-  if not experiment.is_classifier(theirs):
-    raise ValueError(f'{workdir} is no run of a classifier.')
-  ours, other = (experiment.make_sde(c).continuous for c in (config, theirs))
-  if ours != other or config.data.centered != theirs.data.centered:
+  classifier = experiment.build(experiment.run_config(workdir))
+  if not classifier.is_classifier:
     raise ValueError(
-      f'The classifier in {workdir} was trained for other noise: {other} with '
-      f'data.centered={theirs.data.centered}, the model for {ours} with '
-      f'data.centered={config.data.centered}.'
+      f'config.control.classifier_workdir={workdir} is no run of a '
+      "classifier: train one there, with a classifier's config."
     )
-  params = restore_ema(workdir, experiment.abstract_params(theirs))
-
-  def logits_fn(params, x, t):
-    return experiment.make_logits_fn(theirs, params)(x, t)
-
-  return logits_fn, params, theirs.model.num_outputs
-
-
-def _guided_by(logits_fn, scale):
-  """wrap(score_fn, sde, label=, classifier=) -> the score given a class."""
-
-  def wrap(score_fn, sde, *, label, classifier):
-    def log_prob(x, t):
-      logp = jax.nn.log_softmax(logits_fn(classifier, x, t))
-      return jnp.take_along_axis(logp, label[:, None], 1)[:, 0]
-
-    return controllable_generation.classifier_guidance(
-      score_fn, sde, log_prob=log_prob, scale=scale
+  ours, theirs = (
+    f'{m.sde.continuous} with data.centered={m.config.data.centered}'
+    for m in (model, classifier)
+  )
+  if ours != theirs:
+    raise ValueError(
+      f'config.control.classifier_workdir={workdir} was trained for other '
+      f'noise: {theirs}, the model for {ours}. Train one with the config.sde '
+      'and config.data of the model.'
     )
+  return classifier, restore_ema(workdir, classifier.abstract_params())
 
-  return wrap
+
+def classifier_task(model):
+  """Return the task of a score network that a classifier guides."""
+  guidance = _build(CONTROLS, model.config, 'name')
+  classifier, params = load_classifier(model)
+  classes = classifier.config.model.num_outputs
+  guidance = ByNetwork(guidance, classifier)
+  return _class_task(model.config, guidance, classes, classifier=params)
 
 
 # --------------------------------------------------------- inverse problems
 
 
-def make_mask(config):
-  """The known pixels, bool [H, W], of config.control.mask."""
-  control, size = config.control, config.data.image_size
-  mask = np.ones((size, size), bool)
-  if control.mask == 'center':
-    edge = size // 4
-    mask[edge : size - edge, edge : size - edge] = False
-  elif control.mask == 'half':
-    mask[:, size // 2 :] = False
-  elif control.mask == 'random':
-    mask = np.random.default_rng(config.seed).random(mask.shape) < control.known
-  elif pathlib.Path(control.mask).is_file():
-    fit = {'size': size, 'channels': 1}
-    image = sources.decode_file(pathlib.Path(control.mask), **fit)
-    mask = image[..., 0] > 127
-  else:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InverseTask(Task):
+  """Reconstructions of measured images, `repeats` of each.
+
+  Attributes:
+    operator, method: what measures, and what takes the measurements to a score.
+    originals, shown: uint8 [N, H, W, C]: images, and pictures of what is
+      measured of them.
+    measurements: [N, ...].
+  """
+
+  operator: Operator
+  method: Method
+  originals: np.ndarray
+  shown: np.ndarray
+  measurements: np.ndarray
+
+  def guide(self, score_fn, sde, **given):
+    return self.method(score_fn, sde, operator=self.operator, **given)
+
+  def present(self, images):
+    originals, shown = self.originals[:, None], self.shown[:, None]
+    found = images.reshape(len(originals), -1, *images.shape[1:])
+    rows = np.concatenate([originals, shown, found], axis=1)
+    arrays = {
+      'images': found,
+      'originals': self.originals,
+      'measurements': self.measurements,
+    }
+    return arrays, rows.reshape(-1, *rows.shape[2:]), rows.shape[1]
+
+
+def inverse_problem(model):
+  """Return the operator and the method of config.control.
+
+  Raises:
+    ValueError: they do not suit each other, the images or the sampler.
+  """
+  config = model.config
+  name = config.control.name
+  operator = _build(OPERATORS, config, 'name')
+  operator.check_shape(model.shape(1))
+  method = _build(METHODS, config, 'method')
+  if method.orthonormal_only and not operator.orthonormal:
     raise ValueError(
-      f"config.control.mask={control.mask!r} is neither 'center', 'half' nor "
-      "'random', nor an image file (white: known)."
+      f'config.control.name={name!r} is no projection: set config.control.'
+      "method to 'pigdm' or 'dps'."
     )
-  if mask.all() or not mask.any():
-    raise ValueError('config.control.mask leaves no pixel known, or all.')
-  return mask
-
-
-def make_operator(config):
-  """A(x) of config.control, for x [B, H, W, C] in the model's range."""
-  control = config.control
-  values = {
-    'mask': make_mask(config) if control.name == 'inpaint' else None,
-    'factor': control.factor,
-    'width': control.width,
-    'gain': control.gain,
-    'centered': config.data.centered,
-  }
-  operator = OPERATORS[control.name]
-  options = {name: values[name] for name in operator.options}
-  return functools.partial(operator.function, **options)
-
-
-def make_wrap(config, operator):
-  """wrap(score_fn, sde, y=) -> the score given measurements y."""
-  control = config.control
-  options = {'operator': operator, 'noise_std': control.noise_std}
-  if control.method != 'projection':
-    options |= {'scale': control.scale, 'ramp': control.ramp}
-  elif control.fresh_noise:
-    options['rng'] = jax.random.key(config.seed)
-  if control.method == 'pigdm':
-    options['data_std'] = control.data_std
-  return functools.partial(METHODS[control.method], **options)
-
-
-def picture(config, y, shape):
-  """Measurements as images in the model's range, of a shape [B, H, W, C]."""
-  operator = make_operator(config)
-  if OPERATORS[config.control.name].orthonormal:
-    return controllable_generation.transpose(operator, shape)(y)
-  if y.shape == shape:
-    return y
-  # Half a spectrum: its root, so that more than the mean is seen.
-  y = jnp.sqrt(y / jnp.max(y, axis=(1, 2), keepdims=True))
-  y = jnp.pad(y, [(0, 0), (0, 0), (0, shape[2] - y.shape[2]), (0, 0)])
-  return datasets.scaler(y, centered=config.data.centered)
+  if method.random and config.sampling.method != 'pc':
+    raise ValueError(
+      'config.control.fresh_noise needs config.sampling.method=pc: other '
+      'samplers need a score that is not random.'
+    )
+  return operator, method
 
 
 def _originals(config):
-  """uint8 [N, H, W, C]: the first images of control.images or the test set."""
+  """Return the first images of control.images or of the test set.
+
+  They are uint8 [N, H, W, C].
+  """
   control = config.control
   if control.images:
-    dataset = datasets.anyones(config.data, control.images)
+    dataset = datasets.user_images(config.data, control.images)
   else:
     dataset = datasets.load(config.data, 'test')
   return dataset.fetch(np.arange(min(control.num_images, len(dataset))))
 
 
+def inverse_task(model):
+  """Return the task of reconstructing images from measurements."""
+  operator, method = inverse_problem(model)
+  config, centered = model.config, model.config.data.centered
+  originals = _originals(config)
+  x0 = pixels.scaler(jnp.float32(originals) / 255, centered=centered)
+  y = operator(x0)
+  noise = jax.random.normal(jax.random.key(config.seed + 1), y.shape)
+  y = np.asarray(y + method.noise_std * noise)
+  shown = operator.picture(jnp.asarray(y), x0.shape)
+  shown = pixels.inverse_scaler(shown, centered=centered)
+  return InverseTask(
+    rows={'y': np.repeat(y, config.control.repeats, axis=0)},
+    operator=operator,
+    method=method,
+    originals=originals,
+    shown=model.to_data(shown),
+    measurements=y,
+  )
+
+
 # ------------------------------------------------------------------- command
 
 
-def _draw(config, workdir, wrap, count, split, everywhere):
-  """(uint8 [count, H, W, C], nfe, step): samples under a control.
+TASKS = {
+  'classifier': classifier_task,
+  'labels': label_task,
+  **dict.fromkeys(OPERATORS, inverse_task),
+}
+
+
+def make_task(model) -> Task:
+  """Return the task of config.control.
+
+  All checks are made before data and weights are loaded.
 
   Args:
-    config, workdir: of the run.
-    wrap: as in `experiment.make_sampler`.
-    count: number of samples.
-    split: what `wrap` is given for each sample, numpy arrays [count, ...].
-    everywhere: what it is given for all, a pytree.
+    model: Experiment of a score network.
+
+  Raises:
+    ValueError: the control cannot run; one line names the key and the fix.
+    FileNotFoundError: there are no images, or there is no classifier.
   """
-  step, params, layout, batch = run_lib.restore(config, workdir, count)
-  sample = experiment.make_sampler(config, batch, wrap=wrap)
-  # The rows of what is given lie on the devices of their samples.
-  make = jax.jit(
-    lambda params, rng, rows, rest: sample(params, rng, **rows, **rest),
-    in_shardings=(layout.replicated, None, layout.split, layout.replicated),
-    out_shardings=layout.replicated,
-  )
-
-  def spread(v):
-    return jax.make_array_from_callback(v.shape, layout.split, v.__getitem__)
-
-  progress = Progress('samples', count, 'images')
-  images = []
-  for start in range(0, count, batch):
-    members = np.arange(start, start + batch) % count
-    rows = {key: spread(value[members]) for key, value in split.items()}
-    rng = jax.random.fold_in(jax.random.key(config.seed), start // batch)
-    x, nfe, success = make(params, rng, rows, everywhere)
-    run_lib.check_success(config, success)
-    x = np.asarray(x)
-    if not np.all(np.abs(x) < DIVERGED):  # Nor is a NaN below it.
-      raise FloatingPointError(
-        f'Samples went astray (above {DIVERGED:g}, or not a number): set '
-        'config.control.scale lower, config.control.ramp or noise_std higher, '
-        'or take more config.sampling.num_steps.'
-      )
-    images.append(experiment.to_data(config, x))
-    progress(min(count, start + batch))
-  return np.concatenate(images)[:count], nfe, step
-
-
-def _sample_classes(config, workdir):
-  control, count = config.control, config.sampling.num_samples
-  if control.name == 'classifier':
-    logits_fn, params, classes = load_classifier(config)
-    wrap, everywhere = (
-      _guided_by(logits_fn, control.scale),
-      {'classifier': params},
-    )
-  else:
-    classes, wrap, everywhere = experiment.num_labels(config), None, {}
-  if not -1 <= control.label < classes:
+  name = model.config.control.name
+  if name not in TASKS:
     raise ValueError(
-      f'config.control.label={control.label} is no class of {classes}; -1 '
-      'takes all in turn.'
+      f'config.control.name={name!r} is unknown: '
+      f'{options.suggestion(name, TASKS)}'
     )
-  one = control.label >= 0
-  label = np.full(count, control.label) if one else np.arange(count) % classes
-  split = {'label': label.astype(np.int32)}
-  images, nfe, step = _draw(config, workdir, wrap, count, split, everywhere)
-  columns = None if one else classes
-  return {'images': images, **split, 'nfe': nfe}, images, columns, step
-
-
-def _sample_inverse(config, workdir):
-  control = config.control
-  originals = _originals(config)
-  x0 = datasets.scaler(
-    jnp.float32(originals) / 255, centered=config.data.centered
-  )
-  operator = make_operator(config)
-  y = operator(x0)
-  noise = jax.random.normal(jax.random.key(config.seed + 1), y.shape)
-  y = np.asarray(y + control.noise_std * noise)
-  count, repeats = len(originals), control.repeats
-  split = {'y': np.repeat(y, repeats, axis=0)}
-  found, nfe, step = _draw(
-    config, workdir, make_wrap(config, operator), count * repeats, split, {}
-  )
-  found = found.reshape(count, repeats, *found.shape[1:])
-  shown = datasets.inverse_scaler(
-    picture(config, y, x0.shape), centered=config.data.centered
-  )
-  shown = experiment.to_data(config, shown)
-  rows = np.concatenate([originals[:, None], shown[:, None], found], axis=1)
-  arrays = {'images': found, 'originals': originals, 'measurements': y}
-  grid = rows.reshape(-1, *rows.shape[2:])
-  return arrays | {'nfe': nfe}, grid, rows.shape[1], step
+  return TASKS[name](model)
 
 
 def sample(config, workdir):
-  """Writes workdir/samples/NAME-step_N-HASH.npz and .png of a control.
+  """Write samples/NAME-step_N-HASH.npz and .png of a control to a workdir.
 
-  The .npz holds uint8 `images`, `nfe` and, of classes, `label`; of inverse
+  The .npz contains uint8 `images`, `nfe` and, for classes, `label`. For inverse
   problems `images` are [N, repeats, H, W, C], with `originals` and
   `measurements` beside them. In the picture of an inverse problem a row is an
   original, its measurement and the reconstructions.
+
+  Args:
+    config: a ConfigDict whose control.name is not empty.
+    workdir: of a trained run.
+
+  Raises:
+    ValueError: the control cannot run.
+    FloatingPointError: samples diverged.
   """
-  check(config)
-  run = _sample_classes if config.control.name in CLASSES else _sample_inverse
-  arrays, grid, columns, step = run(config, workdir)
+  model = experiment.build(config)
+  task = make_task(model)
+  run = trained.restore(config, workdir, model)
+  images, nfe = trained.draw_all(
+    run, task.count, guide=task.guide, rows=task.rows, shared=task.shared
+  )
+  arrays, grid, columns = task.present(images)
   if jax.process_index() == 0:
-    name = f'{config.control.name}-step_{step}-{evaluate.identity(config)}'
+    name = f'{config.control.name}-{run.name}'
     path = pathlib.Path(workdir) / 'samples' / f'{name}.npz'
-    save_npz(path, **{k: np.asarray(v) for k, v in arrays.items()})
-    picture_path = path.with_suffix('.png')
-    save_samples(picture_path, grid, columns=columns)
-    say(f'{int(arrays["nfe"])} NFE each: {path} and .png.')
+    save_npz(path, **arrays, nfe=np.int32(nfe))
+    save_samples(path.with_suffix('.png'), grid, columns=columns)
+    say(f'{int(nfe)} NFE each: {path} and .png.')

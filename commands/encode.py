@@ -1,22 +1,21 @@
-"""Latent codes of test images, and what can be done with them (Section 4.3).
+"""The mode `encode`: latent codes of test images and their use (Section 4.3).
 
-The probability flow turns an image into a code at t = 1 and back. Between two
-codes lie images that are interpolations; codes of a smaller or larger norm are
+The probability flow maps an image to a code at t = 1, and back. Codes between
+two codes are interpolations of images; codes of a smaller or larger norm are
 images at another temperature.
 """
 
-import json
-import pathlib
+import dataclasses
 
 import jax
 import numpy as np
 
 import experiment
 import likelihood
-import run_lib
+from commands import trained
 from data import datasets
-from reporting.pictures import save_grid, save_samples
-from runtime.files import save_npz, write_text
+from reporting import pictures
+from runtime.files import save_npz, write_json
 from runtime.progress import Progress, say
 
 WEIGHTS = np.linspace(0, 1, 10)  # of the second image of a pair
@@ -24,53 +23,92 @@ TEMPERATURES = np.array([0.25, 0.5, 0.7, 0.85, 1.0, 1.15, 1.3, 1.5])
 ROWS = 8  # of the pictures of interpolations and of temperatures
 
 
-def _in_batches(what, function, batch, x):
-  """function(x [batch, ...]) -> (y, nfe, success) over all x; (y, mean NFE)."""
-  progress = Progress(what, len(x), 'images')
-  outputs, nfe = [], []
-  for start in range(0, len(x), batch):
-    part = x[start : start + batch]
-    # The last is filled up with copies: one shape, one compiled program.
-    y, evaluations, success = function(np.resize(part, (batch, *x.shape[1:])))
-    if not success:
-      raise FloatingPointError(
-        f'The ODE solver failed on {what}; larger config.sampling.rtol and '
-        'atol may help.'
-      )
-    outputs.append(np.asarray(y)[: len(part)])
-    nfe.append(float(evaluations))
-    progress(start + len(part))
-  return np.concatenate(outputs), float(np.mean(nfe))
+@dataclasses.dataclass(frozen=True)
+class Coder:
+  """Encodes and decodes any number of examples, in batches over all devices."""
 
+  run: trained.Run
+  batch_size: int
 
-def _code_functions(config, layout, params, batch):
-  """encode(images) and decode(z), each -> (y, nfe, success), compiled."""
-  split = lambda x: jax.lax.with_sharding_constraint(x, layout.split)
-  encoder = experiment.make_encoder(config)
-  decoder = experiment.make_decoder(config, batch)
+  def encode(self, images):
+    """Return (latent codes [N, ...], mean NFE) of images [N, ...]."""
 
-  def compiled(function):
+    def encoder(params, x):
+      found = self.run.model.encode(params, x)
+      return found.y, found.nfe, found.success
+
+    return self._in_batches('encoded', encoder, images)
+
+  def decode(self, z):
+    """Return (samples in [0, 1], mean NFE) of latent codes z [N, ...]."""
+
+    def decoder(params, z):
+      found = self.run.model.decode(params, z)
+      return found.x, found.nfe, found.success
+
+    return self._in_batches('decoded', decoder, z)
+
+  def _in_batches(self, what, function, x):
+    layout, size = self.run.layout, self.batch_size
+    split = lambda x: jax.lax.with_sharding_constraint(x, layout.split)
     call = jax.jit(
       lambda params, x: function(params, split(x)),
       in_shardings=(layout.replicated, layout.replicated),
       out_shardings=layout.replicated,
     )
-    return lambda x: call(params, x)
-
-  return compiled(encoder), compiled(decoder)
+    progress = Progress(what, len(x), 'images')
+    outputs, nfe = [], []
+    for start in range(0, len(x), size):
+      part = x[start : start + size]
+      # The last batch is filled up with copies: one shape, one program.
+      full = np.resize(part, (size, *x.shape[1:]))
+      y, evaluations, success = call(self.run.params, full)
+      if not success:
+        raise FloatingPointError(
+          f'The ODE solver failed: not all images were {what}; larger '
+          'config.sampling.rtol and atol may help.'
+        )
+      outputs.append(np.asarray(y)[: len(part)])
+      nfe.append(float(evaluations))
+      progress(start + len(part))
+    return np.concatenate(outputs), float(np.mean(nfe))
 
 
 def _save(path, samples, columns):
-  """A PNG of images [R, K, ...] in rows of `columns`; points are scattered."""
+  """Write a PNG of images [R, K, ...] in rows of `columns`, or of points."""
   flat = samples.reshape(-1, *samples.shape[2:])
   if samples.ndim > 3:
-    save_grid(path, flat, columns=columns, scale_to=800)
+    pictures.save_grid(path, flat, columns=columns, scale_to=800)
   else:
-    save_samples(path, flat)
+    pictures.save_samples(path, flat)
+
+
+def _variations(coder, z):
+  """Return what codes z [N, ...] and codes made of them decode to.
+
+  Returns:
+    (reconstructions [N, ...], interpolations [R, K, ...] between the codes 2r
+    and 2r + 1 at WEIGHTS [K], and codes at TEMPERATURES [T], [R, T, ...]).
+  """
+  pairs = min(ROWS, len(z) // 2)
+  between = likelihood.interpolate(
+    z[0::2][:pairs], z[1::2][:pairs], WEIGHTS
+  ).swapaxes(0, 1)
+  rescaled = np.multiply.outer(TEMPERATURES, z[:ROWS]).swapaxes(0, 1)
+  # All are [R, K, ...], and are decoded together.
+  codes = [np.float32(c) for c in (z[:, None], between, rescaled)]
+  flat = np.concatenate([c.reshape(-1, *z.shape[1:]) for c in codes])
+  decoded = coder.run.model.to_data(coder.decode(flat)[0])
+  ends = np.cumsum([c.shape[0] * c.shape[1] for c in codes])
+  again, between, rescaled = (
+    part.reshape(c.shape)
+    for part, c in zip(np.split(decoded, ends[:-1]), codes, strict=True)
+  )
+  return again[:, 0], between, rescaled
 
 
 def encode(config, workdir):
-  """Encodes config.sampling.num_samples test images, or points, and decodes.
+  """Encode config.sampling.num_samples test images, or points, and decode them.
 
   Writes to workdir/latent/step_N: codes.npz, with `images`, their codes `z`,
   `reconstructions`, `interpolations` [R, K, ...] between images 2r and 2r + 1
@@ -79,65 +117,47 @@ def encode(config, workdir):
   reconstruction); and result.json, with the error of the reconstructions.
 
   Raises:
-    FileNotFoundError, ValueError: no such checkpoint or data.
+    FileNotFoundError, ValueError: there is no such checkpoint or data.
     FloatingPointError: the ODE solver failed.
   """
-  experiment.check(config)
-  workdir, test_set = pathlib.Path(workdir), datasets.load(config.data, 'test')
+  run = trained.restore(config, workdir)
+  test_set = datasets.load(config.data, 'test')
   count = min(config.sampling.num_samples, len(test_set))
   if count < 2:
     raise ValueError('config.sampling.num_samples must be at least 2.')
-  step, params, layout, batch = run_lib.restore(config, workdir, count)
-  encoder, decoder = _code_functions(config, layout, params, batch)
-
+  coder = Coder(run, trained.batch_size(config, count))
   images = test_set.fetch(np.arange(count))
-  z, nfe = _in_batches('encoded', encoder, batch, images)
-  pairs = min(ROWS, count // 2)
-  between = likelihood.interpolate(
-    z[0::2][:pairs], z[1::2][:pairs], WEIGHTS
-  ).swapaxes(0, 1)
-  rescaled = np.multiply.outer(TEMPERATURES, z[:ROWS]).swapaxes(0, 1)
-
-  # All [R, K, ...], decoded in one go.
-  codes = [np.float32(c) for c in (z[:, None], between, rescaled)]
-  flat = np.concatenate([c.reshape(-1, *z.shape[1:]) for c in codes])
-  decoded, _ = _in_batches('decoded', decoder, batch, flat)
-  decoded = experiment.to_data(config, decoded)
-  ends = np.cumsum([c.shape[0] * c.shape[1] for c in codes])
-  again, between, rescaled = (
-    part.reshape(c.shape)
-    for part, c in zip(np.split(decoded, ends[:-1]), codes, strict=True)
-  )
-  again = again[:, 0]
+  z, nfe = coder.encode(images)
+  again, between, rescaled = _variations(coder, z)
   error = np.abs(np.float64(again) - images)
   result = {
-    'step': step,
+    'step': run.step,
     'count': count,
     'nfe': nfe,
     'mean_error': float(error.mean()),
     'max_error': float(error.max()),
-    'config': json.loads(config.to_json_best_effort()),
+    'config': experiment.json_of(config),
   }
-  if jax.process_index() == 0:
-    folder = workdir / 'latent' / f'step_{step}'
-    save_npz(
-      folder / 'codes.npz',
-      images=images,
-      z=z,
-      reconstructions=again,
-      interpolations=between,
-      weights=WEIGHTS,
-      rescaled=rescaled,
-      temperatures=TEMPERATURES,
-    )
-    both = np.stack([images, again], axis=1)[: ROWS * ROWS]
-    _save(folder / 'reconstructions.png', both, 2 * ROWS)
-    _save(folder / 'interpolations.png', between, len(WEIGHTS))
-    _save(folder / 'temperatures.png', rescaled, len(TEMPERATURES))
-    text = json.dumps(result, indent=1) + '\n'
-    write_text(folder / 'result.json', text)
-    unit = 'units of the data' if config.data.dims else 'grey levels of 255'
-    say(
-      f'{count} codes and their decodings are in {folder}; reconstructions are '
-      f'{error.mean():.3g} {unit} off in the mean, {error.max():.3g} at most.'
-    )
+  if jax.process_index():
+    return
+  folder = run.workdir / 'latent' / f'step_{run.step}'
+  save_npz(
+    folder / 'codes.npz',
+    images=images,
+    z=z,
+    reconstructions=again,
+    interpolations=between,
+    weights=WEIGHTS,
+    rescaled=rescaled,
+    temperatures=TEMPERATURES,
+  )
+  both = np.stack([images, again], axis=1)[: ROWS * ROWS]
+  _save(folder / 'reconstructions.png', both, 2 * ROWS)
+  _save(folder / 'interpolations.png', between, len(WEIGHTS))
+  _save(folder / 'temperatures.png', rescaled, len(TEMPERATURES))
+  write_json(folder / 'result.json', result)
+  unit = 'units of the data' if config.data.dims else 'grey levels of 255'
+  say(
+    f'{count} codes and their decodings are in {folder}; reconstructions are '
+    f'{error.mean():.3g} {unit} off in the mean, {error.max():.3g} at most.'
+  )

@@ -1,21 +1,22 @@
-"""Evaluation of checkpoints: loss, bits/dim, samples and their metrics.
+"""The mode `eval`: loss, bits/dim, samples and their metrics of checkpoints.
 
-Work is done in batches, each written whole under a folder whose name says what
-it is of (checkpoint step, and a hash of all that the samples depend on). A
-batch that exists is not made again, and nothing else is read: an evaluation
-that was killed goes on where it stopped, and counts nothing twice. Features
-are kept beside the samples, by the network that made them.
+An evaluation is a list of evaluators, each `(run, folder) -> {name: metric}`.
+Work is done in batches, each written completely or not at all in a folder whose
+name says what it is of (the step, and a hash of all that the samples depend
+on). A batch that exists is not made again, and nothing else is read: an
+evaluation that was killed continues where it stopped. Features are kept beside
+the samples, by the network that made them.
 
-With several hosts, sharing the folder, each saves what its devices made.
+With several hosts, which share the folder, each saves what its devices made.
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
-import flax
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
@@ -24,129 +25,157 @@ import evaluation
 import experiment
 import likelihood
 import run_lib
-from checkpoints.workdir import Checkpoints, claim_workdir
-from commands import points, stats
-from data import datasets, sources
-from features import statistics
-from reporting import results
-from reporting.pictures import save_grid, save_samples, save_trajectory
-from runtime.devices import barrier, check_divisible, make_layout, replicated
-from runtime.files import load_npz, save_npz, write_text
+from checkpoints.workdir import Checkpoints
+from commands import points, stats, trained
+from commands.trained import Run
+from configs import schema
+from data import batches, datasets
+from features import extract as extracting
+from features.statistics import ReferenceStats
+from reporting import pictures, results
+from runtime.devices import (
+  all_hosts,
+  barrier,
+  check_divisible,
+  local_rows,
+  make_layout,
+)
+from runtime.files import digest, load_npz, save_npz, write_json
 from runtime.progress import Progress, say
 
-
-def _config_dict(config):
-  return json.loads(config.to_json_best_effort())
+Evaluator = Callable[[Run, pathlib.Path], dict[str, Any]]
 
 
 def _host_file(folder, name, host=None):
-  """Where a host keeps its part of a batch; a host alone needs no number."""
+  """Return where a host keeps its part of a batch."""
   host = jax.process_index() if host is None else host
   suffix = f'_host_{host}' if jax.process_count() > 1 else ''
   return folder / f'{name}{suffix}.npz'
 
 
-def _all_have(path):
-  """Whether every host has its part, so that all skip the same batches."""
-  have = np.asarray(path.is_file())
-  if jax.process_count() > 1:
-    have = multihost_utils.process_allgather(have)
-  return bool(np.all(have))
+def _as_dicts(metrics):
+  return {name: dataclasses.asdict(metric) for name, metric in metrics.items()}
 
 
-# --------------------------------------------------------------- likelihood
+# ----------------------------------------------------------------------- loss
 
 
-def bits_per_dim(config, params, dataset, layout, folder):
-  """Negative log-likelihoods of a dataset, {'bits_per_dim': .., 'nats': ..}.
+def loss_evaluator(model, test_set, layout) -> Evaluator:
+  """Return an evaluator of the test loss and, of classifiers, the accuracy."""
+  eval_loss = run_lib.make_eval_loss(model, layout)
+  batch = model.config.eval.batch_size
 
-  The mean over `config.eval.bpd_repeats` dequantisations of every image, in
-  bits/dim and in nats per image (or point), each {'value', 'std_error',
-  'probe_error', 'count', 'repeats', 'nfe'}. `std_error` is the standard error
-  over images; `probe_error` the part of it that more probes would lower, 0 with
-  the exact trace and None with a single probe, which does not know it.
-  """
-  compute = jax.jit(
-    experiment.make_bits_per_dim(config),
-    in_shardings=(layout.replicated, None, layout.split),
-    out_shardings=layout.replicated,
-  )
-  batch, repeats = config.eval.batch_size, config.eval.bpd_repeats
-  num_batches = math.ceil(len(dataset) / batch)
-  progress = Progress('bits/dim', repeats * num_batches, 'batches')
-  options = config.eval
-  name = f'bpd_{options.bpd_trace}_{options.bpd_probes}_{options.bpd_eps:g}'
-  passes, errors, nfe = [], [], []
-  for repeat in range(repeats):
-    paths = [
-      _host_file(folder, f'{name}_{repeat}_{number}')
-      for number in range(num_batches)
-    ]
-    missing = [i for i, path in enumerate(paths) if not _all_have(path)]
-    rng = jax.random.fold_in(jax.random.key(config.seed), repeat)
-    start = missing[0] if missing else num_batches
-    for number, images, mask in run_lib.eval_batches(
-      dataset, batch, layout, start=start
-    ):
-      if number not in missing:
-        continue
-      bits, error, evaluations, success = compute(
-        params, jax.random.fold_in(rng, number), images['image']
+  def evaluate_loss(run, folder):
+    path = folder / 'loss.json'
+    if not all_hosts(path.is_file()):
+      means = run_lib.test_loss(eval_loss, run.params, test_set, batch, layout)
+      metrics = {
+        name: evaluation.Metric(value=value, count=len(test_set))
+        for name, value in means.items()
+      }
+      if jax.process_index() == 0:
+        write_json(path, _as_dicts(metrics))
+      barrier('loss')
+    return json.loads(path.read_text())
+
+  return evaluate_loss
+
+
+# ----------------------------------------------------------------- likelihood
+
+
+def _bits_of_pass(compute, run, test_set, paths, repeat):
+  """Compute and write what is missing of one pass over the test set."""
+  config, batch = run.model.config, run.model.config.eval.batch_size
+  missing = [i for i, path in enumerate(paths) if not all_hosts(path.is_file())]
+  if not missing:
+    return
+  rng = jax.random.fold_in(jax.random.key(config.seed), repeat)
+  progress = Progress('bits/dim', len(paths), 'batches', start=missing[0])
+  for number, images, mask in run_lib.eval_batches(
+    test_set, batch, run.layout, start=missing[0]
+  ):
+    if number not in missing:
+      continue
+    bits, error, nfe, success = compute(
+      run.params, jax.random.fold_in(rng, number), images['image']
+    )
+    if not success:
+      raise FloatingPointError(
+        f'The ODE solver failed on test batch {number}; larger '
+        'config.sampling.rtol and atol may help.'
       )
-      if not success:
-        raise FloatingPointError(
-          f'The ODE solver failed on test batch {number}; larger '
-          'config.sampling.rtol and atol may help.'
-        )
-      mask = multihost_utils.process_allgather(mask, tiled=True)
-      bits, error = (np.asarray(v)[np.asarray(mask) > 0] for v in (bits, error))
-      save_npz(
-        paths[number], bits=bits, error=error, nfe=np.asarray(evaluations)
-      )
-      progress(repeat * num_batches + number + 1)
-    saved = [load_npz(path) for path in paths]
-    passes.append(np.concatenate([part['bits'] for part in saved]))
-    errors += [part['error'] for part in saved]
-    nfe += [float(part['nfe']) for part in saved]
-  per_image = np.mean(passes, axis=0)
+    mask = multihost_utils.process_allgather(mask, tiled=True)
+    bits, error = (np.asarray(v)[np.asarray(mask) > 0] for v in (bits, error))
+    save_npz(paths[number], bits=bits, error=error, nfe=np.asarray(nfe))
+    progress(number + 1)
+
+
+def _summary(passes, dims):
+  """Return {'bits_per_dim': .., 'nats': ..} of the batches of each pass."""
+  bits = [np.concatenate([part['bits'] for part in parts]) for parts in passes]
+  per_image = np.mean(bits, axis=0)
   metric = evaluation.Metric(
     value=float(per_image.mean()),
     count=len(per_image),
     std_error=float(per_image.std(ddof=1) / math.sqrt(len(per_image))),
   )
-  errors = np.concatenate(errors)
+  parts = [part for parts in passes for part in parts]
+  errors = np.concatenate([part['error'] for part in parts])
   probe_error = float(np.sqrt(np.sum(errors**2)) / len(errors))
-  more = {
+  bits = dataclasses.asdict(metric) | {
     'probe_error': None if math.isnan(probe_error) else probe_error,
-    'repeats': repeats,
-    'nfe': float(np.mean(nfe)),
+    'repeats': len(passes),
+    'nfe': float(np.mean([float(part['nfe']) for part in parts])),
   }
-  bits = dataclasses.asdict(metric) | more
-  nats, dims = dict(bits), math.prod(experiment.image_shape(config, 1))
+  nats = dict(bits)
   for key in ('value', 'std_error', 'probe_error'):
     if bits[key] is not None:
       nats[key] = bits[key] * likelihood.nats_per_bit(dims)
   return {'bits_per_dim': bits, 'nats': nats}
 
 
-# ------------------------------------------------------------------ samples
+def likelihood_evaluator(model, test_set, layout) -> Evaluator:
+  """Return an evaluator of bits/dim, and nats, of the test set.
+
+  They are means over `config.eval.bpd_repeats` dequantisations of every image,
+  each {'value', 'std_error', 'probe_error', 'count', 'repeats', 'nfe'}.
+  `std_error` is the standard error over images; `probe_error` is the part of it
+  that more probes would lower: 0 with the exact trace, and None with a single
+  probe, whose error is not known.
+  """
+  compute = jax.jit(
+    model.bits_per_dim,
+    in_shardings=(layout.replicated, None, layout.split),
+    out_shardings=layout.replicated,
+  )
+  chosen = model.config.eval
+  name = f'bpd_{chosen.bpd_trace}_{chosen.bpd_probes}_{chosen.bpd_eps:g}'
+  numbers = range(math.ceil(len(test_set) / chosen.batch_size))
+
+  def evaluate_likelihood(run, folder):
+    passes = []
+    for repeat in range(chosen.bpd_repeats):
+      paths = [_host_file(folder, f'{name}_{repeat}_{i}') for i in numbers]
+      _bits_of_pass(compute, run, test_set, paths, repeat)
+      passes.append([load_npz(path) for path in paths])
+    return _summary(passes, math.prod(model.shape(1)))
+
+  return evaluate_likelihood
 
 
-def _local(array):
-  """This host's rows of an array split along axis 0."""
-  shards = {s.index[0].start or 0: s.data for s in array.addressable_shards}
-  return np.concatenate([np.asarray(shards[k]) for k in sorted(shards)])
+# -------------------------------------------------------------------- samples
 
 
 def _feature_file(folder, name, extract, host=None):
-  """Where a host keeps the features of its part of a batch."""
+  """Return where a host keeps the features of its part of a batch."""
   logits = '-logits' if getattr(extract, 'with_logits', False) else ''
-  name = f'{name}-{statistics.identity_of(extract)}{logits}'
+  name = f'{name}-{extracting.identity_of(extract)}{logits}'
   return _host_file(folder, name, host)
 
 
 def _read_features(folder, names, extract, count):
-  """Yields what all hosts' files hold of the first `count` images."""
+  """Yield what the files of all hosts hold of the first `count` images."""
   for name in names:
     for host in range(jax.process_count()):
       part = load_npz(_feature_file(folder, name, extract, host))
@@ -156,40 +185,36 @@ def _read_features(folder, names, extract, count):
         yield part
 
 
-def _make_batches(config, params, layout, folder, extract):
-  """Makes (this host's part of) all batches of samples and their features.
+def _make_batches(run, folder, extract):
+  """Make this host's part of all batches of samples, and of their features.
 
   Returns:
-    The batches' names.
+    The names of the batches.
   """
-  batch = config.eval.batch_size
-  sample = jax.jit(
-    experiment.make_sampler(config, batch),
-    in_shardings=(layout.replicated, None),
-    out_shardings=(layout.split, layout.replicated, layout.replicated),
+  chosen = run.model.config.eval
+  size = chosen.batch_size
+  names = [f'samples_{i}' for i in range(math.ceil(chosen.num_samples / size))]
+  drawn = trained.draw(
+    run,
+    len(names) * size,
+    size,
+    split=True,
+    skip=lambda i: all_hosts(_host_file(folder, names[i]).is_file()),
   )
-  names = [
-    f'samples_{i}' for i in range(math.ceil(config.eval.num_samples / batch))
-  ]
-  progress = Progress('samples', len(names) * batch, 'images')
-  for number, name in enumerate(names):
-    path = _host_file(folder, name)
-    if not _all_have(path):
-      rng = jax.random.fold_in(jax.random.key(config.seed), number)
-      images, nfe, success = sample(params, rng)
-      run_lib.check_success(config, success)
-      images = datasets.to_uint8(_local(images), config.sampling.rounding)
-      save_npz(path, images=images, nfe=np.asarray(nfe))
-    scored = _feature_file(folder, name, extract)
+  for number, found in drawn:
+    path = _host_file(folder, names[number])
+    if found is not None:
+      images = run.model.to_data(local_rows(found.x))
+      save_npz(path, images=images, nfe=np.asarray(found.nfe))
+    scored = _feature_file(folder, names[number], extract)
     if not scored.is_file():
       images = load_npz(path)['images']
-      save_npz(scored, **statistics.outputs_of(images, extract))
-    progress((number + 1) * batch)
+      save_npz(scored, **extracting.outputs_of(images, extract))
   return names
 
 
 def _read_samples(folder, names, count):
-  """The first `count` images, and the mean NFE of all batches."""
+  """Return the first `count` images, and the mean NFE of all batches."""
   files = [
     load_npz(_host_file(folder, name, host))
     for name in names
@@ -199,182 +224,143 @@ def _read_samples(folder, names, count):
   return images[:count], float(np.mean([file['nfe'] for file in files]))
 
 
-# --------------------------------------------------------------------- eval
-
-
-def _write_json(path, value):
-  write_text(path, json.dumps(value, indent=1) + '\n')
-
-
 def _scores(config, folder, names, extract, reference, count):
-  """Metrics, as dicts, of the first `count` images; on the first host only."""
+  """Return metrics of the first `count` images, on the first host only."""
   barrier('features')
   if jax.process_index():
     return {}
-  scores = statistics.score_samples(
+  scores = evaluation.score_samples(
     _read_features(folder, names, extract, count),
     reference,
     seed=config.seed,
     allow_few=config.eval.allow_few_samples,
   )
-  return {name: dataclasses.asdict(metric) for name, metric in scores.items()}
+  return _as_dicts(scores)
 
 
-def _provenance(config, tools):
-  """What a number needs beside it to be trusted, and made again."""
-  facts = {'seed': config.seed}
-  if 'reference' in tools:
-    facts['inception_variant'] = statistics.variant_of(tools['extract'])
-    facts['reference'] = {
-      key: getattr(tools['reference'], key, None)
-      for key in ('count', 'fingerprint')
+@dataclasses.dataclass(frozen=True)
+class Judge:
+  """What samples are compared by: an extractor and reference statistics."""
+
+  extract: Callable
+  reference: ReferenceStats | None  # None on hosts that compute no metrics.
+
+  @classmethod
+  def of(cls, config, workdir, count):
+    """Return that of a config; say at once if there will be no FID."""
+    extract = extracting.extractor(config.eval)
+    reference = stats.reference(config, workdir, extract)
+    few = reference and evaluation.too_few(count, reference.dimensions)
+    if few and not config.eval.allow_few_samples:
+      say(f'warning: no FID: {few}')
+    return cls(extract, reference)
+
+  @property
+  def facts(self):
+    """What results say about it."""
+    return {
+      'inception_variant': extracting.variant_of(self.extract),
+      'reference': {
+        key: getattr(self.reference, key, None)
+        for key in ('count', 'fingerprint')
+      },
     }
-  versions = {m.__name__: m.__version__ for m in (jax, flax, np)}
-  return facts | {'config': _config_dict(config), 'versions': versions}
 
 
-def _tools(config, workdir):
-  """The feature extractor and the reference statistics, before long work."""
-  extract = stats.extractor(config)
-  reference = stats.reference(config, workdir, extract)
-  return {'extract': extract, 'reference': reference}
+def sample_evaluator(judge) -> Evaluator:
+  """Return an evaluator that draws images and compares them with the data."""
 
-
-def _say_if_few(config, count, reference):
-  """Tells at once that there will be no FID."""
-  few = reference and evaluation.too_few(count, reference.dimensions)
-  if few and not config.eval.allow_few_samples:
-    say(f'warning: no FID: {few}')
-
-
-def _evaluate_step(config, step, params, layout, folder, tools):
-  """All that config.eval asks for of one checkpoint, as a dict."""
-  result = {'step': step}
-  test_set = tools['test_set']
-  if config.eval.enable_loss:
-    path = folder / 'loss.json'
-    if not _all_have(path):
-      means = run_lib.test_loss(
-        tools['loss'], params, test_set, config.eval.batch_size, layout
-      )
-      metrics = {
-        name: evaluation.Metric(value=value, count=len(test_set))
-        for name, value in means.items()
-      }
-      if jax.process_index() == 0:
-        _write_json(
-          path, {k: dataclasses.asdict(v) for k, v in metrics.items()}
-        )
-      barrier('loss')
-    result |= json.loads(path.read_text())
-  if config.eval.enable_bpd:
-    result |= bits_per_dim(config, params, test_set, layout, folder)
-  if config.eval.enable_sampling and config.data.dims:
-    result |= {'sampler': _config_dict(config)['sampling']}
-    result |= {'count': config.eval.num_samples}
-    result |= points.evaluate(config, params, test_set, folder)
-  elif config.eval.enable_sampling:
-    count, extract = config.eval.num_samples, tools['extract']
-    names = _make_batches(config, params, layout, folder, extract)
-    result |= {'sampler': _config_dict(config)['sampling'], 'count': count}
-    result |= _scores(config, folder, names, extract, tools['reference'], count)
+  def evaluate_samples(run, folder):
+    config = run.model.config
+    count = config.eval.num_samples
+    names = _make_batches(run, folder, judge.extract)
+    result = {'sampler': trained.sampler_of(config), 'count': count}
+    result |= _scores(
+      config, folder, names, judge.extract, judge.reference, count
+    )
     if jax.process_index() == 0:
       images, result['nfe'] = _read_samples(folder, names, count)
-      save_grid(folder / 'samples.png', images[:64])
+      pictures.save_grid(folder / 'samples.png', images[:64])
       say(f'Samples are in {folder}/samples.png.')
-  return result
+    return result
+
+  return evaluate_samples
 
 
-def _digest(*parts):
-  """Eight hexadecimal digits of plain values."""
-  text = json.dumps(parts, sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def identity(config, *more):
-  """Eight hexadecimal digits of all that samples, loss and bits/dim depend on.
-
-  Not the number of samples: a larger one adds to those that are there.
-  """
-  parts = _config_dict(config)
-  keep = {
-    'training': ('objective', 'times', 'weighting', 'reduction', 'eps'),
-    'eval': ('batch_size',),
-    'data': [k for k in parts['data'] if k != 'path'],
-    'sampling': parts['sampling'].keys() - {*results.OF_SAMPLE},
-  }
-  parts |= {
-    section: {k: v for k, v in parts[section].items() if k in keys}
-    for section, keys in keep.items()
-  }
-  del parts['optim']
-  return _digest(parts, jax.process_count(), *more)
+# ------------------------------------------------------------------- commands
 
 
 def evaluate(config, workdir, eval_folder='eval'):
-  """Evaluates the checkpoints that config.eval.checkpoint names.
+  """Evaluate the checkpoints that config.eval.checkpoint names.
 
   Writes workdir/eval_folder/step_N-HASH/result-HASH.json, with config, step,
   seed, counts, sampler, NFE and versions beside the metrics; samples.png there;
-  and a table and curves over all results in the folder.
+  and a table and curves of all results in the folder.
 
   Raises:
-    FileNotFoundError, ValueError: no such checkpoint, data or weights; it
-      never waits for one.
+    FileNotFoundError, ValueError: there is no such checkpoint, data or weights;
+      it never waits for one.
   """
-  experiment.check(config)
-  workdir = pathlib.Path(workdir)
-  check_divisible(config.eval.batch_size, 'config.eval.batch_size')
+  model, layout = experiment.build(config), make_layout()
+  workdir, chosen = pathlib.Path(workdir), config.eval
+  check_divisible(chosen.batch_size, 'config.eval.batch_size')
   with Checkpoints(workdir) as saved:
-    steps = saved.select(config.eval.checkpoint)
-    claim_workdir(config, workdir, write=False)
-    layout = make_layout()
-    tools = {
-      'loss': run_lib.make_eval_loss(config, layout),
-      'test_set': datasets.load(config.data, 'test'),
-    }
-    if config.eval.enable_sampling and not config.data.dims:
-      tools |= _tools(config, workdir)
-      _say_if_few(config, config.eval.num_samples, tools['reference'])
-    like = replicated(experiment.abstract_params(config), layout)
-    key = identity(config, tools['test_set'].fingerprint)
-    facts = _provenance(config, tools)
-    # What else the result depends on, but not which checkpoints and where.
-    settings = dict(facts['config']['eval'])
-    for place in ('checkpoint', 'inception_path', 'stats_path'):
-      del settings[place]
-    name = _digest(settings, facts.get('inception_variant'))
+    steps = saved.select(chosen.checkpoint)
+    experiment.claim(config, workdir, write=False)
+    test_set = datasets.load(config.data, 'test')
+    facts, evaluators = trained.facts(config), []
+    if chosen.enable_loss:
+      evaluators.append(loss_evaluator(model, test_set, layout))
+    if chosen.enable_bpd:
+      evaluators.append(likelihood_evaluator(model, test_set, layout))
+    if chosen.enable_sampling and config.data.dims:
+      evaluators.append(points.evaluator(test_set))
+    elif chosen.enable_sampling:
+      judge = Judge.of(config, workdir, chosen.num_samples)
+      facts |= judge.facts
+      evaluators.append(sample_evaluator(judge))
+    # What else results depend on, besides what their folder is named by.
+    settings = schema.marked(config, 'result')
+    key = digest(settings, facts.get('inception_variant'))[:8]
     for step in steps:
-      folder = workdir / eval_folder / f'step_{step}-{key}'
+      run = trained.restore_step(model, layout, saved, workdir, step)
+      name = f'{run.name}-{test_set.fingerprint[:8]}'
+      folder = workdir / eval_folder / name
       folder.mkdir(parents=True, exist_ok=True)
-      params = saved.restore(step, like, 'ema')
       say(f'Checkpoint {step}: results go to {folder}.')
-      result = _evaluate_step(config, step, params, layout, folder, tools)
+      result = {'step': step}
+      for evaluator in evaluators:
+        result |= evaluator(run, folder)
       if jax.process_index() == 0:
-        _write_json(folder / f'result-{name}.json', result | facts)
+        write_json(folder / f'result-{key}.json', result | facts)
       barrier(f'step_{step}')
   if jax.process_index() == 0:
-    folder = workdir / eval_folder
-    paths = sorted(folder.glob('step_*-*/result-*.json'))
-    results.save_results(folder, [json.loads(p.read_text()) for p in paths])
+    summarize(workdir / eval_folder)
+
+
+def summarize(folder):
+  """Print all results in a folder, and write them as table and curves."""
+  paths = sorted(folder.glob('step_*-*/result-*.json'))
+  found = [json.loads(path.read_text()) for path in paths]
+  results.save_results(folder, found, schema.names_marked('cost'))
 
 
 def evaluate_images(config, workdir, path, eval_folder='eval'):
-  """Scores images of anyone's, a folder or an .npz, against config.data.
+  """Score user-supplied images, a folder or an .npz, against config.data.
 
-  They are taken in a fixed random order, since they may lie in order of
-  classes. Writes workdir/eval_folder/NAME.json.
+  They are taken in a fixed random order, because they may be sorted by class.
+  Writes workdir/eval_folder/NAME.json.
   """
-  images = datasets.anyones(config.data, path)
-  tools = _tools(config, workdir)
-  _say_if_few(config, len(images), tools['reference'])
-  extract, batch = tools['extract'], config.eval.batch_size
+  schema.check(config)
+  images = datasets.user_images(config.data, path)
+  judge = Judge.of(config, workdir, len(images))
+  extract, batch = judge.extract, config.eval.batch_size
   host, hosts = jax.process_index(), jax.process_count()
   path, out = pathlib.Path(path), pathlib.Path(workdir) / eval_folder
-  key = _digest(images.fingerprint, batch, hosts)
+  key = digest(images.fingerprint, batch, hosts)[:8]
   folder = out / f'images_{path.stem}-{key}'
   names = [f'images_{i}' for i in range(math.ceil(len(images) / batch))]
-  order = sources.permutation(len(images), 0, 0)
+  order = batches.permutation(len(images), 0, 0)
   progress = Progress('features', len(images), 'images')
   for number, name in enumerate(names):
     file = _feature_file(folder, name, extract)
@@ -383,79 +369,17 @@ def evaluate_images(config, workdir, path, eval_folder='eval'):
       mine = members[host::hosts]
       # A host without a share of a small batch shows the others the format.
       some = images.fetch(mine if len(mine) else members)
-      outputs = statistics.outputs_of(some, extract)
+      outputs = extracting.outputs_of(some, extract)
       outputs = {k: rows[: len(mine)] for k, rows in outputs.items()}
       save_npz(file, **outputs)
     progress(number * batch + len(members))
   result = {'images': str(path), 'count': len(images)}
   result |= {'fingerprint': images.fingerprint}
   result |= _scores(
-    config, folder, names, extract, tools['reference'], len(images)
+    config, folder, names, extract, judge.reference, len(images)
   )
   if host == 0:
-    result |= _provenance(config, tools)
-    _write_json(out / f'{path.stem}.json', result)
+    result |= trained.facts(config) | judge.facts
+    write_json(out / f'{path.stem}.json', result)
     say(results.table([result]))
     say(f'Results are in {out / path.stem}.json.')
-
-
-# ------------------------------------------------------------------- sample
-
-
-def _viewable(config, frames, times):
-  """States on the way as data look: noise as strong as the data, not stronger.
-
-  About the mean of alpha x_0 they are scaled by s / |(alpha s, sigma)|, where
-  s = 1/4 is about the spread of images in [0, 1]. Points stay as they are.
-  """
-  if config.data.dims:
-    return frames
-  alpha, sigma = experiment.make_sde(config).marginal(times)
-  centre, noise = (
-    (0.5, sigma / 2) if config.data.centered else (alpha / 2, sigma)
-  )
-  scale = 0.25 / np.hypot(0.25 * alpha, noise)
-  column = lambda v: np.reshape(v, (-1,) + (1,) * (frames.ndim - 1))
-  centre = np.broadcast_to(centre, alpha.shape)
-  return 0.5 + (frames - column(centre)) * column(scale)
-
-
-def sample(config, workdir):
-  """Writes samples of a checkpoint: workdir/samples/step_N-HASH.npz and .png.
-
-  As many as config.sampling.num_samples; the .npz holds them as uint8 `images`
-  (or float32 `points`) and the number of score evaluations as `nfe`. With
-  config.sampling.frames, the way of those of the first batch is there too:
-  float32 `frames` [F, B, ..] at `frame_times` [F], and as pictures
-  step_N-HASH_frames.png and .gif.
-  """
-  experiment.check(config)
-  workdir, count = pathlib.Path(workdir), config.sampling.num_samples
-  step, params, layout, batch = run_lib.restore(config, workdir, count)
-  make = run_lib.make_sample(
-    config, layout, batch, frames=config.sampling.frames
-  )
-  what = 'points' if config.data.dims else 'images'
-  progress = Progress('samples', count, what)
-  samples, film = [], {}
-  for number in range(math.ceil(count / batch)):
-    rng = jax.random.fold_in(jax.random.key(config.seed), number)
-    x, nfe, success, *way = make(params, rng)
-    run_lib.check_success(config, success)
-    samples.append(experiment.to_data(config, x))
-    if way and not film:
-      film = {'frames': np.asarray(way[0]), 'frame_times': np.asarray(way[1])}
-      film['frames'] = film['frames'][:, :count]
-    progress(min(count, (number + 1) * batch))
-  samples = np.concatenate(samples)[:count]
-  if jax.process_index() == 0:
-    path = workdir / 'samples' / f'step_{step}-{identity(config)}.npz'
-    save_npz(path, **{what: samples}, nfe=np.asarray(nfe), **film)
-    shown = samples if config.data.dims else samples[:400]
-    save_samples(path.with_suffix('.png'), shown)
-    say(f'{count} samples, {int(nfe)} NFE each: {path} and .png.')
-    if film:
-      frames = experiment.to_data(config, _viewable(config, *film.values()))
-      path = path.with_name(path.stem + '_frames.png')
-      save_trajectory(path, frames)
-      say(f'The way to them: {path} and .gif.')

@@ -1,7 +1,7 @@
 """Evaluation of models of points in the plane, in numbers and pictures.
 
 Distances between samples and data need no features there, the true density is
-known, and everything can be seen.
+known, and everything can be drawn.
 """
 
 import dataclasses
@@ -9,116 +9,87 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.spatial.distance import cdist
 
 import evaluation
-import experiment
 import likelihood
-import run_lib
+from commands import trained
 from data import toy
 from reporting import plane
 from runtime.files import save_npz
 from runtime.progress import say
 
 
-def sliced_wasserstein(x, y, *, directions=128):
-  """Sliced 2-Wasserstein distance of samples [N, 2] (Bonneel et al. 2015).
-
-  The square root of the mean, over evenly spread directions, of the squared
-  distance between the projections' quantiles; in units of x.
-  """
-  angle = np.pi * (np.arange(directions) + 0.5) / directions
-  axes = np.stack([np.cos(angle), np.sin(angle)])
-  levels = (np.arange(min(len(x), len(y))) + 0.5) / min(len(x), len(y))
-  a, b = (np.quantile(np.asarray(v) @ axes, levels, axis=0) for v in (x, y))
-  return float(np.sqrt(np.mean((a - b) ** 2)))
-
-
-def energy_distance(x, y):
-  """2 E|x - y| - E|x - x'| - E|y - y'|, of pairs (Szekely & Rizzo 2013).
-
-  It is 0 for equal distributions only; the estimate is unbiased, so it may be
-  negative. In units of x.
-  """
-
-  def within(v):
-    return cdist(v, v).sum() / (len(v) * (len(v) - 1))
-
-  return float(2 * cdist(x, y).mean() - within(x) - within(y))
-
-
-def _draw(config, params, count):
-  """(points [count, 2], NFE), in batches of config.eval.batch_size."""
-  batch = config.eval.batch_size
-  sample = jax.jit(experiment.make_sampler(config, batch))
-  points = []
-  for number in range(-(-count // batch)):
-    rng = jax.random.fold_in(jax.random.key(config.seed), number)
-    x, nfe, success = sample(params, rng)
-    run_lib.check_success(config, success)
-    points.append(experiment.to_data(config, x))
-  return np.concatenate(points)[:count], float(nfe)
-
-
 def _distances(x, test):
-  """Metrics of points x against test points."""
-  some = slice(4000)  # All pairs of more would take long.
+  """Return the metrics of points x against test points."""
+  some = slice(4000)  # All pairs of more points would take long.
   return {
     'sliced_wasserstein': evaluation.Metric(
-      value=sliced_wasserstein(x, test), count=len(x)
+      value=evaluation.sliced_wasserstein(x, test), count=len(x)
     ),
     'energy_distance': evaluation.Metric(
-      value=energy_distance(x[some], test[some]), count=len(x[some])
+      value=evaluation.energy_distance(x[some], test[some]), count=len(x[some])
     ),
   }
 
 
-def evaluate(config, params, dataset, folder):
-  """Samples, scores and draws; returns metrics as dicts, by name.
+def _draw(run, count):
+  """Return (points [count, 2], NFE)."""
+  size = run.model.config.eval.batch_size
+  drawn = trained.draw(run, -(-count // size) * size, size)
+  samples = [found for _, found in drawn]
+  x = np.concatenate([run.model.to_data(found.x) for found in samples])
+  return x[:count], float(samples[-1].nfe)
+
+
+def evaluator(dataset):
+  """Return an evaluator that samples, scores and draws points.
 
   Beside the distances of the samples to the test points there are those of as
   many true points, which are the best that can be had of so many, and the true
-  negative log-likelihood of the test points, where data have a density.
-
-  Writes samples.npz and pictures (score fields, samples over the true density,
-  the model's density, paths of the ODE) to folder.
+  negative log-likelihood of the test points, where data have a density. It
+  writes samples.npz and pictures (score fields, samples over the true density,
+  the density of the model, paths of the ODE) to its folder.
 
   Args:
-    config, params: the model.
     dataset: test points.
-    folder: for pictures; it exists.
   """
-  law = toy.DISTRIBUTIONS[config.data.dataset]
   test = dataset.fetch(np.arange(len(dataset)))
-  count = config.eval.num_samples
-  x, nfe = _draw(config, params, count)
-  metrics = _distances(x, test)
-  fresh = law.sample(np.random.default_rng(2), count)
-  metrics |= {f'true_{k}': v for k, v in _distances(fresh, test).items()}
-  if law.has_density:
-    logp = np.asarray(jax.jit(law.logp)(test), np.float64)
-    metrics['true_nats'] = evaluation.Metric(
-      value=float(-logp.mean()),
-      count=len(test),
-      std_error=float(logp.std(ddof=1) / np.sqrt(len(test))),
-    )
-  if jax.process_index() == 0:
-    save_npz(folder / 'samples.npz', points=x, nfe=np.asarray(nfe))
-    draw(config, params, x, folder)
-    say(f'Pictures are in {folder}.')
-  named = {name: dataclasses.asdict(m) for name, m in metrics.items()}
-  return {'nfe': nfe} | named
+
+  def evaluate_points(run, folder):
+    config = run.model.config
+    law, count = toy.DISTRIBUTIONS[config.data.dataset], config.eval.num_samples
+    x, nfe = _draw(run, count)
+    metrics = _distances(x, test)
+    fresh = law.sample(np.random.default_rng(2), count)
+    metrics |= {f'true_{k}': v for k, v in _distances(fresh, test).items()}
+    if law.has_density:
+      logp = np.asarray(jax.jit(law.logp)(test), np.float64)
+      metrics['true_nats'] = evaluation.Metric(
+        value=float(-logp.mean()),
+        count=len(test),
+        std_error=float(logp.std(ddof=1) / np.sqrt(len(test))),
+      )
+    if jax.process_index() == 0:
+      save_npz(folder / 'samples.npz', points=x, nfe=np.asarray(nfe))
+      draw_pictures(run, x, folder)
+      say(f'Pictures are in {folder}.')
+    named = {name: dataclasses.asdict(m) for name, m in metrics.items()}
+    sampler = trained.sampler_of(config)
+    return {'sampler': sampler, 'count': count, 'nfe': nfe} | named
+
+  return evaluate_points
 
 
-def model_logp(config, params, x):
-  """The model's log-density [N] at x [N, 2], by the likelihood ODE."""
+def model_logp(run, x):
+  """Return the log-density of the model [N] at x [N, 2], in nats."""
+  model = run.model
   compute = jax.jit(
     lambda x: (
       likelihood.log_likelihood(
-        experiment.make_score_fn(config, params, continuous=True),
-        experiment.make_sde(config).continuous,
+        model.score_fn(run.params, continuous=True),
+        model.sde.continuous,
         x,
-        eps=config.sampling.eps,
+        eps=model.config.sampling.eps,
         rtol=1e-3,
         atol=1e-3,
       ).logp
@@ -127,18 +98,19 @@ def model_logp(config, params, x):
   return np.asarray(compute(jnp.asarray(x)))
 
 
-def _ode_paths(config, params, n):
-  """States [F, n, 2] of the probability-flow ODE, from noise to data."""
-  config = config.copy_and_resolve_references()
-  config.sampling.update(method='ode', final_denoise=False)
-  sample = experiment.make_sampler(config, n, frames=32)
-  return np.asarray(jax.jit(sample)(params, jax.random.key(config.seed))[3])
+def _ode_paths(run, n):
+  """Return states [F, n, 2] of the probability-flow ODE, from noise to data."""
+  flow = dataclasses.replace(run.model, sampler=run.model.flow)
+  sample = jax.jit(flow.make_sample(n, frames=32))
+  key = jax.random.key(run.model.config.seed)
+  return np.asarray(sample(run.params, key).frames)
 
 
-def draw(config, params, x, folder):
-  """Draws a model of points and its samples x [N, 2]; see `evaluate`."""
+def draw_pictures(run, x, folder):
+  """Draw a model of points and its samples x [N, 2]; see `evaluator`."""
+  model, params, config = run.model, run.params, run.model.config
   law = toy.DISTRIBUTIONS[config.data.dataset]
-  sde, half = experiment.make_sde(config), law.extent
+  sde, half = model.sde, law.extent
   fine = plane.grid(half, 100)
   # The curve's density is shown with the least noise that a pixel can.
   blur = 0.0 if law.has_density else 0.02 * half
@@ -149,11 +121,11 @@ def draw(config, params, x, folder):
   coarse = plane.grid(half, 21)
 
   with plane.canvas(folder / 'score_field.png', 2, 3) as axes:
-    model = jax.jit(experiment.make_score_fn(config, params))
+    learnt = jax.jit(model.score_fn(params))
     exact = jax.jit(law.score_fn(sde))
     for (upper, lower), time in zip(axes.T, times, strict=True):
       t = jnp.full(len(coarse), time)
-      fields = [np.asarray(score_fn(coarse, t)) for score_fn in (model, exact)]
+      fields = [np.asarray(score_fn(coarse, t)) for score_fn in (learnt, exact)]
       alpha, sigma = (float(c) for c in sde.marginal(jnp.float32(time)))
       values = np.exp(jax.jit(law.logp)(fine, alpha, max(sigma, blur)))
       for ax, score, name in zip(
@@ -163,18 +135,18 @@ def draw(config, params, x, folder):
         plane.field(ax, coarse, score)  # each to a scale of its own
         plane.frame(ax, half, f'{name} score, $\\sigma$ = {sigma:.2g}')
 
-  with plane.canvas(folder / 'density.png', 1, 3) as ((data, model, cloud),):
+  with plane.canvas(folder / 'density.png', 1, 3) as ((data, learnt, cloud),):
     plane.density(data, half, true)
     plane.frame(data, half, 'true density')
-    plane.density(model, half, np.exp(model_logp(config, params, fine)))
-    plane.frame(model, half, "the model's density")
+    plane.density(learnt, half, np.exp(model_logp(run, fine)))
+    plane.frame(learnt, half, "the model's density")
     plane.density(cloud, half, true)
     plane.scatter(cloud, x[:2000])
     plane.frame(cloud, half, 'samples')
 
   with plane.canvas(folder / 'trajectories.png', 1, 1, size=5) as ((ax,),):
     plane.density(ax, half, true)
-    states = _ode_paths(config, params, 60)
+    states = _ode_paths(run, 60)
     plane.paths(ax, states)
     plane.frame(ax, half, 'from noise to data')
     reach = np.clip(1.02 * np.abs(states).max(), half, 2 * half)

@@ -1,0 +1,1 @@
+"""One file for each experiment, their presets, and all keys (`schema`)."""

@@ -1,0 +1,1 @@
+"""Data sets, and what happens to images before the network gets them."""

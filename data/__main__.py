@@ -1,39 +1,116 @@
-"""Prepares datasets, and measures them.
+"""Prepare data sets, measure them, and look after the cache folder.
 
 python -m data prepare celeba --data_dir DIR     (needs TensorFlow)
 python -m data sigma_max cifar10
+python -m data cache [--clear [NAME ...]]
 """
 
 import argparse
+import os
+import pathlib
+import shutil
 import sys
 
-from data import datasets, prepare
+from data import datasets, pixels, prepare, toy
+from runtime.files import cache_dir
+
+
+def prepare_dataset(args):
+  """Write a data set of tensorflow-datasets in the format that we read."""
+  source = datasets.DATASETS[args.dataset]
+  if not isinstance(source, prepare.Prepared):
+    raise ValueError(f'{args.dataset} needs no preparation')
+  data_dir, name = source.where(args)
+  done = prepare.prepare(name, data_dir, args.manual_dir)
+  print(f'{args.dataset} is ready in {done}')
+
+
+def print_sigma_max(args):
+  """Print the largest distance between two training images."""
+  config = datasets.Data(
+    dataset=args.dataset,
+    path=args.path,
+    image_size=args.image_size,
+    num_channels=args.num_channels,
+    dims=2 if args.dataset in toy.DISTRIBUTIONS else 0,
+  )
+  train = datasets.load(config, 'train')
+  value = pixels.sigma_max(train, num_images=args.num_images)
+  print(f'sigma_max = {value:.2f}, of {args.num_images or "all"} images')
+
+
+def _num_bytes(path):
+  """Return the size of a file, or of all files in a folder."""
+  files = [
+    pathlib.Path(folder, name)
+    for folder, _, names in os.walk(path)
+    for name in names
+  ]
+  return sum(file.lstat().st_size for file in files or [path])
+
+
+def show_cache(args):
+  """Print what lies in the cache folder and its size, then remove it if asked.
+
+  Raises:
+    ValueError: a name to remove is not there, or the folder is not only a
+      cache.
+  """
+  folder = cache_dir()
+  entries = sorted(folder.iterdir()) if folder.is_dir() else []
+  sizes = [_num_bytes(entry) for entry in entries]
+  lines = [
+    (entry.name, size) for entry, size in zip(entries, sizes, strict=True)
+  ]
+  for name, size in [*lines, (f'in {folder}', sum(sizes))]:
+    print(f'{size / 2**20:10.1f} MiB  {name}')
+  if args.clear is None:
+    return
+  # A wrong $SCORE_SDE_CACHE must not cost the user's own files.
+  for place in (pathlib.Path.home(), pathlib.Path.cwd()):
+    if place.resolve().is_relative_to(folder.resolve()):
+      raise ValueError(f'{folder} holds {place}: it is not emptied')
+  if missing := set(args.clear) - {entry.name for entry in entries}:
+    raise ValueError(f'{folder} has no {", ".join(sorted(missing))}')
+  for entry in entries:
+    if not args.clear or entry.name in args.clear:
+      if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+      else:
+        entry.unlink()
+      print(f'removed {entry.name}')
+
+
+def _parser():
+  parser = argparse.ArgumentParser(prog='python -m data')
+  commands = parser.add_subparsers(required=True, metavar='COMMAND')
+
+  def command(function, name, *, of_dataset=True):
+    added = commands.add_parser(name, help=function.__doc__.splitlines()[0])
+    added.set_defaults(function=function)
+    if of_dataset:
+      added.add_argument('dataset', metavar='NAME', choices=datasets.DATASETS)
+      added.add_argument('--path', '--data_dir', default='', help='data.path')
+      added.add_argument('--image_size', type=int, default=32, help='in pixels')
+    return added
+
+  added = command(prepare_dataset, 'prepare')
+  added.add_argument('--manual_dir', help='files that you downloaded')
+  added = command(print_sigma_max, 'sigma_max')
+  added.add_argument('--num_channels', type=int, default=3, help='1, 3 or 4')
+  added.add_argument('--num_images', type=int, help='size of a random subset')
+  added = command(show_cache, 'cache', of_dataset=False)
+  added.add_argument(
+    '--clear', nargs='*', metavar='NAME', help='remove these, or everything'
+  )
+  return parser
 
 
 def main(argv=None):
-  parser = argparse.ArgumentParser(prog='python -m data')
-  parser.add_argument('command', choices=('prepare', 'sigma_max'))
-  parser.add_argument('dataset', metavar='NAME', choices=datasets.DATASETS)
-  parser.add_argument('--path', '--data_dir', default='', help='data.path')
-  parser.add_argument('--image_size', type=int, default=32)
-  parser.add_argument('--num_channels', type=int, default=3)
-  parser.add_argument('--num_images', type=int, help='a random subset')
-  parser.add_argument('--manual_dir', help='files that you downloaded')
-  parser.set_defaults(dims=2, centered=False)  # of points
-  args = parser.parse_args(argv)
+  """Run a command; exit with one line if it cannot be done."""
+  args = _parser().parse_args(argv)
   try:
-    if args.command == 'prepare':
-      source = datasets.DATASETS[args.dataset]
-      if not isinstance(source, datasets.Prepared):
-        raise ValueError(f'{args.dataset} needs no preparation')
-      data_dir, name = source.where(args)
-      done = prepare.prepare(name, data_dir, args.manual_dir)
-      print(f'{args.dataset} is ready in {done}')
-    else:
-      value = datasets.sigma_max(
-        datasets.load(args, 'train'), num_images=args.num_images
-      )
-      print(f'sigma_max = {value:.2f}, of {args.num_images or "all"} images')
+    args.function(args)
   except (AssertionError, ImportError, OSError, ValueError) as error:
     sys.exit(f'error: {error}')
 

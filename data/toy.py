@@ -1,12 +1,12 @@
-r"""Distributions in the plane whose density is known, noise included.
+"""Distributions of points in the plane whose density is known at every noise.
 
-A diffusion turns data x_0 into x_t = alpha x_0 + sigma z, and for these data
-the density of x_t is known for every alpha and sigma: that of the data
-(alpha = 1, sigma = 0), those which noise-conditional score matching learns
-(Song & Ermon 2019, Section 4.1), and with their gradient the exact score that
-networks and samplers are measured against.
+A diffusion makes x_t = alpha x_0 + sigma z of data x_0. For these distributions
+the density of x_t is known for every alpha and sigma. With alpha = 1 and
+sigma = 0 it is the density of the data. Its gradient is the exact score, which
+a network learns (Song & Ermon 2019, Section 4.1) and with which networks and
+samplers are compared.
 
-Points are [N, 2]; `DISTRIBUTIONS` is the table, by the names of
+Points are arrays [N, 2]. `DISTRIBUTIONS` is the table; its names are those of
 `datasets.DATASETS`.
 """
 
@@ -23,29 +23,52 @@ from jax.scipy.special import log_ndtr, logsumexp
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Distribution(abc.ABC):
-  """Data in the plane.
+  """Base class of distributions of points in the plane.
 
   Attributes:
-    extent: nearly all data are in [-extent, extent]^2, which pictures show.
+    extent: half the side of the square [-extent, extent]^2, which holds nearly
+      all data and which pictures show.
+    has_density: whether the data have a density without noise. It is False for
+      data on a curve.
   """
 
   extent: float
+  has_density = True
 
   @abc.abstractmethod
   def sample(self, rng, n):
-    """n points, float64 [n, 2], drawn with a numpy Generator."""
+    """Draw points.
+
+    Args:
+      rng: a numpy Generator.
+      n: number of points.
+
+    Returns:
+      float64 [n, 2].
+    """
 
   @abc.abstractmethod
   def logp(self, x, alpha=1.0, sigma=0.0):
-    """log-density [N], in nats, of alpha x_0 + sigma z at x [N, 2].
+    """Return the log-density of alpha x_0 + sigma z, in nats.
 
-    alpha and sigma are scalars or [N].
+    Args:
+      x: points [N, 2] at which to evaluate it.
+      alpha: factor of the data, a scalar or [N].
+      sigma: standard deviation of the noise, a scalar or [N].
+
+    Returns:
+      [N].
     """
 
-  has_density = True  # False: the data lie on a curve, until noise is added
-
   def score_fn(self, sde):
-    """score(x, t), the exact score of the marginals of `sde`."""
+    """Return the exact score of the marginals of an SDE.
+
+    Args:
+      sde: a `sde_lib.SDE`.
+
+    Returns:
+      Function of x [N, 2] and t [N] that returns [N, 2].
+    """
 
     def score(x, t):
       alpha, sigma = sde.marginal(t)
@@ -55,7 +78,7 @@ class Distribution(abc.ABC):
 
 
 def _gaussians_logp(x, weights, means, variance):
-  """log sum_k weights_k N(x; means_k, variance I) of x [D], means [K, D]."""
+  """Return log sum_k weights_k N(x; means_k, variance I) at x [D]."""
   square = jnp.sum((x[None] - means) ** 2, axis=-1)
   dims = means.shape[1]
   exponent = -0.5 * (square / variance + dims * jnp.log(2 * jnp.pi * variance))
@@ -63,7 +86,7 @@ def _gaussians_logp(x, weights, means, variance):
 
 
 def _convolved(x, weights, means, std, alpha, sigma):
-  """logp [N] of Gaussians about means [K, D], under alpha and sigma."""
+  """Return `Distribution.logp` of Gaussians around means [K, D]."""
   alpha, sigma = (jnp.broadcast_to(v, x.shape[:1]) for v in (alpha, sigma))
   weights, means = jnp.float32(weights), jnp.float32(means)
 
@@ -72,13 +95,25 @@ def _convolved(x, weights, means, std, alpha, sigma):
     variance = (alpha * std) ** 2 + sigma**2
     return _gaussians_logp(x, weights, alpha * means, variance)
 
-  # At most some 64 MiB at a time for the distances.
+  # The distances of a part of the points take about 64 MiB at most.
   return jax.lax.map(one, (x, alpha, sigma), batch_size=2**23 // len(means))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mixture(Distribution):
-  """sum_k weights_k N(means_k, std^2 I), means [K, D]; D need not be 2."""
+  """A mixture of Gaussians, sum_k weights_k N(means_k, std^2 I).
+
+  Attributes:
+    weights: probabilities of the K components.
+    means: their means, K tuples of D numbers; D can differ from 2.
+    std: their standard deviation.
+
+  Example:
+    >>> means = (0.0, 0.0), (4.0, 4.0)
+    >>> two = Mixture(weights=(0.5, 0.5), means=means, std=1.0, extent=7.0)
+    >>> two.sample(np.random.default_rng(0), 3).shape
+    (3, 2)
+  """
 
   weights: tuple
   means: tuple
@@ -95,16 +130,21 @@ class Mixture(Distribution):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Curve(Distribution):
-  """A curve c(u), u uniform in [0, 1), and Gaussian noise about it.
+  """Points c(u) of a curve, with u ~ U[0, 1), and Gaussian noise.
 
-  Its density is the integral of N(x; c(u), std^2 I) over u, by the midpoint
-  rule.
+  The density is the integral of N(x; c(u), std^2 I) over u, computed with the
+  midpoint rule.
 
   Attributes:
-    path: c, from u [n] to [n, 2], in numpy.
-    std: of the noise; 0 leaves the data on the curve, where they have no
-      density: `logp` is then for sigma > 0 only.
-    nodes: of the midpoint rule; c should move by less than std between two.
+    path: the curve c, a numpy function of u [n] that returns [n, 2].
+    std: standard deviation of the noise. With 0 the data lie on the curve and
+      have no density; then `logp` is defined for sigma > 0 only.
+    nodes: number of nodes of the midpoint rule. Neighbouring nodes should be
+      less than std apart on the curve.
+
+  Example:
+    >>> Curve(path=wave, std=0.0, extent=2.4).has_density
+    False
   """
 
   path: Callable
@@ -125,7 +165,7 @@ class Curve(Distribution):
 
 
 def rings(u):
-  """Two circles of radii 0.8 and 1.6, equally likely."""
+  """Return points [n, 2] of two circles of radii 0.8 and 1.6 for u [n]."""
   ring = np.floor(2 * u)
   angle = 2 * np.pi * (2 * u - ring)
   radius = 0.8 * (1 + ring)
@@ -133,21 +173,21 @@ def rings(u):
 
 
 def swiss_roll(u):
-  """A spiral of one and a half turns, of radius 0.67 to 2."""
+  """Return points [n, 2] of a spiral of 1.5 turns, radius 0.67 to 2."""
   angle = 1.5 * np.pi * (1 + 2 * u)
   radius = 2 * angle / (4.5 * np.pi)
   return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
 
 
 def wave(u):
-  """A wave from (-2, 0) to (2, 0)."""
+  """Return points [n, 2] of a wave from (-2, 0) to (2, 0) for u [n]."""
   x = 4 * u - 2
   return np.stack([x, np.sin(np.pi * x)], axis=-1)
 
 
 def _log_interval(low, high):
-  """log(Phi(high) - Phi(low)), accurate in both tails."""
-  # By symmetry the interval may lie on the left, where Phi is not near 1.
+  """Return log(Phi(high) - Phi(low)), accurate in both tails."""
+  # An interval on the right is mirrored to the left, where Phi is not near 1.
   right = low + high > 0
   low, high = jnp.where(right, -high, low), jnp.where(right, -low, high)
   log_high = log_ndtr(high)
@@ -156,7 +196,12 @@ def _log_interval(low, high):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkerboard(Distribution):
-  """Uniform on the eight dark squares, of side 1, of [-2, 2]^2."""
+  """The uniform distribution on the eight dark unit squares of [-2, 2]^2.
+
+  Example:
+    >>> Checkerboard(extent=2.4).sample(np.random.default_rng(0), 3).shape
+    (3, 2)
+  """
 
   def sample(self, rng, n):
     column, row = rng.integers(0, 4, n), rng.integers(0, 2, n)
@@ -177,7 +222,7 @@ class Checkerboard(Distribution):
     return logp - math.log(8) - 2 * jnp.log(alpha[:, 0, 0])
 
 
-# The mixture is that of Song & Ermon 2019, Section 3.2 (Figures 2 and 3).
+# The mixture is from Song & Ermon 2019, Section 3.2 (Figures 2 and 3).
 DISTRIBUTIONS = {
   'toy/mixture': Mixture(
     weights=(0.2, 0.8), means=((-5.0, -5.0), (5.0, 5.0)), std=1.0, extent=10.0

@@ -1,17 +1,17 @@
-r"""The figures by which two papers make their case, as small experiments.
+r"""Reproduce the main figures of two papers as small experiments.
 
   python -m examples.paper_figures NAME --workdir W     (or `all`)
 
-draws W/NAME.png and writes the numbers behind it to W/NAME.json. NAME is
+draws W/NAME.png and writes the numbers that it shows to W/NAME.json. NAME is
 
 - low_density: true and estimated score (Song & Ermon 2019, Figure 2);
 - modes: Langevin dynamics finds the modes but not their weights, annealed
-  Langevin dynamics finds both (the same, Figure 3);
-- manifold: score matching fails on data of a manifold, until noise is added
-  (the same, Figure 1);
-- sde: paths of the forward and the reverse SDE over the marginal densities
+  Langevin dynamics finds both (Song & Ermon 2019, Figure 3);
+- manifold: score matching fails for data on a manifold, unless noise is added
+  (Song & Ermon 2019, Figure 1);
+- sde: paths of the forward and the reverse SDE on the marginal densities
   (Song et al. 2021, Figure 2);
-- ode: paths of the probability-flow ODE over them (the same).
+- ode: paths of the probability-flow ODE on the marginal densities (the same).
 
 Each takes seconds on a CPU.
 """
@@ -28,14 +28,14 @@ import numpy as np
 import optax
 from scipy import stats
 
+import losses
 import models
 import sampling
-import score_matching
 import sde_lib
 from data import toy
 from reporting import plane
-from runtime.files import write_text
-from solvers import langevin, predictors
+from runtime.files import write_json
+from solvers import langevin, ode
 
 MIXTURE = toy.DISTRIBUTIONS['toy/mixture']
 
@@ -44,14 +44,19 @@ MIXTURE = toy.DISTRIBUTIONS['toy/mixture']
 
 
 def fit(loss_fn, network, sample, *, num_steps, batch=256, lr=1e-3, seed=0):
-  """Trains an unconditional score network; returns (score_fn, losses).
+  """Train an unconditional score network.
 
   Args:
     loss_fn: loss_fn(rng, score_fn, x) -> [B], an objective.
     network: a flax module of `models`.
-    sample: data [N, D], drawn from at random.
-    num_steps, batch, lr: of Adam.
-    seed: of everything.
+    sample: data [N, D]; each batch is drawn from them at random.
+    num_steps: number of steps of Adam.
+    batch: number of examples in a batch.
+    lr: learning rate.
+    seed: seed of the parameters, the batches and the loss.
+
+  Returns:
+    (score_fn, losses): the learned score, and the loss of each step.
   """
   x = jnp.asarray(sample, jnp.float32)
   ones = lambda x: jnp.ones(x.shape[:1])
@@ -77,23 +82,24 @@ def fit(loss_fn, network, sample, *, num_steps, batch=256, lr=1e-3, seed=0):
     rng, rng_init = jax.random.split(rng)
     params = network.init(rng_init, x[:1], ones(x[:1]), train=False)['params']
     start = params, optimizer.init(params)
-    (params, _), losses = jax.lax.scan(
+    (params, _), history = jax.lax.scan(
       step, start, jax.random.split(rng, num_steps)
     )
-    return params, losses
+    return params, history
 
-  params, losses = train(jax.random.key(seed))
-  return jax.jit(functools.partial(score_fn, params)), np.asarray(losses)
+  params, history = train(jax.random.key(seed))
+  return jax.jit(functools.partial(score_fn, params)), np.asarray(history)
 
 
 def plain_network(**fields):
-  return models.create('mlp', embedding_type='none', **fields)
+  """Return a multilayer perceptron without a noise level as input."""
+  return models.create('mlp', conditional=False, **fields)
 
 
 def low_density(path):
-  """True and estimated score of the mixture, and where they differ."""
+  """Draw the true and the estimated score of the mixture, and the error."""
   score_fn, _ = fit(
-    score_matching.sliced_vr,
+    losses.sliced_vr,
     plain_network(),
     MIXTURE.sample(np.random.default_rng(0), 100_000),
     num_steps=2000,
@@ -123,7 +129,7 @@ def low_density(path):
       levels=[0.5],
       colors=plane.POINTS,
     )
-    plane.frame(c, half, 'error; in red, where data are')
+    plane.frame(c, half, 'error (red: region of the data)')
 
   relative = lambda where: float(
     np.sum(square(true - learnt)[where]) / np.sum(square(true)[where])
@@ -136,7 +142,7 @@ def low_density(path):
 
 
 def modes(path):
-  """The weights that plain and annealed Langevin dynamics give two modes."""
+  """Measure the weights of two modes by plain and annealed dynamics."""
   n, sigmas = 2000, np.geomspace(20.0, 1.0, 10, dtype=np.float32)
   rng = jax.random.split(jax.random.key(0), 3)
   start = jax.random.uniform(rng[0], (n, 2), minval=-8, maxval=8)
@@ -158,7 +164,7 @@ def modes(path):
       num_steps=200,
       final_denoise=False,
     )
-    # Its last level has the noise of sigma = 1 still: the plain chain goes on.
+    # The last level still has noise of sigma = 1: continue with a plain chain.
     final = langevin.unadjusted(
       rng[1], lambda x: score(x, 0.0), annealed.x, step_size=0.05, num_steps=100
     )
@@ -185,14 +191,14 @@ def modes(path):
 
 
 def manifold(path):
-  """Sliced score matching on a curve: its loss with and without noise."""
+  """Draw the loss of score matching on a curve, with and without noise."""
   curve = toy.DISTRIBUTIONS['toy/curve']
   x = curve.sample(np.random.default_rng(0), 50_000)
   noise = np.random.default_rng(1).standard_normal(x.shape)
   results, numbers, num_steps = {}, {}, 2000
   for sigma in (0.0, 0.1):
     _, results[sigma] = fit(
-      score_matching.sliced_vr,
+      losses.sliced_vr,
       plain_network(input_scale=0.5),
       x + sigma * noise,
       num_steps=num_steps,
@@ -205,8 +211,8 @@ def manifold(path):
       'drift_of_late_losses': float(second.mean() - first.mean()),
     }
   with plane.canvas(path, 1, 2, size=3.6) as (axes,):
-    for ax, (sigma, losses) in zip(axes, results.items(), strict=True):
-      ax.plot(losses, lw=0.5, color='tab:blue')
+    for ax, (sigma, history) in zip(axes, results.items(), strict=True):
+      ax.plot(history, lw=0.5, color='tab:blue')
       title = f'noise of {sigma:g} added' if sigma else 'data on a curve'
       ax.set(xlabel='step', ylabel='sliced score matching loss', title=title)
       ax.grid(alpha=0.3)
@@ -223,7 +229,7 @@ EPS = 1e-3
 
 
 def _marginals(ax, times, half=3.0):
-  """Draws p_t(x), each time by itself, x upwards and t to the right."""
+  """Draw p_t(x), scaled to 1 at each time: x upwards, t to the right."""
   x = np.linspace(-half, half, 200, dtype=np.float32)
   t = np.linspace(EPS, 1, 200, dtype=np.float32)
   alpha, sigma = (np.repeat(c, len(x)) for c in PROCESS.marginal(t))
@@ -243,7 +249,7 @@ def _marginals(ax, times, half=3.0):
 
 
 def _draw_paths(ax, times, x, title):
-  """Paths x [F, N, 1] over the marginals."""
+  """Draw paths x [F, N, 1] on the marginals."""
   _marginals(ax, times)
   colors = plane.spread(len(x[0]))
   for path, color in zip(x[:, :, 0].T, colors, strict=True):
@@ -252,7 +258,7 @@ def _draw_paths(ax, times, x, title):
 
 
 def _quantile(x, t):
-  """Share of p_t below x [N, 1], for a scalar t."""
+  """Return the share of p_t below x [N, 1], for a scalar t."""
   alpha, sigma = (np.asarray(c) for c in PROCESS.marginal(jnp.float32(t)))
   std = np.hypot(alpha * BIMODAL.std, sigma)
   return sum(
@@ -262,7 +268,7 @@ def _quantile(x, t):
 
 
 def sde(path):
-  """Paths of the forward and of the reverse SDE over the marginals."""
+  """Draw paths of the forward and of the reverse SDE on the marginals."""
   n, shown, num_steps = 2000, 8, 500
   x0 = jnp.asarray(BIMODAL.sample(np.random.default_rng(0), n), jnp.float32)
   grid = jnp.linspace(0, 1, num_steps)
@@ -279,23 +285,12 @@ def sde(path):
   )(x0)
   onward = np.concatenate([x0[None], later])
 
-  @jax.jit
-  def reverse(rng, z):
-    return sampling.pc_sample(
-      rng,
-      BIMODAL.score_fn(PROCESS),
-      PROCESS,
-      z,
-      predictor=predictors.euler_maruyama,
-      corrector=predictors.no_step,
-      num_steps=num_steps,
-      eps=EPS,
-      final_denoise=False,
-      frames=num_steps,
-    )
-
+  reverse = sampling.PC(num_steps=num_steps, eps=EPS, final_denoise=False)
+  score_fn = BIMODAL.score_fn(PROCESS)
   z = PROCESS.prior_sample(jax.random.key(2), (n, 1))
-  back = reverse(jax.random.key(3), z)
+  back = jax.jit(
+    lambda rng, z: reverse(rng, score_fn, PROCESS, z, frames=num_steps)
+  )(jax.random.key(3), z)
   with plane.canvas(path, 1, 2, size=3.8) as ((left, right),):
     _draw_paths(left, np.asarray(grid), onward[:, :shown], 'forward SDE')
     _draw_paths(
@@ -314,21 +309,14 @@ def sde(path):
 
 
 def flow(path):
-  """Paths of the probability-flow ODE, which keep their quantiles in 1-D."""
+  """Draw paths of the ODE, which keep their quantiles in one dimension."""
   levels = (np.arange(16) + 0.5) / 16
   z = jnp.asarray(stats.norm.ppf(levels)[:, None], jnp.float32)
-  samples = jax.jit(
-    lambda z: sampling.ode_sample(
-      None,
-      BIMODAL.score_fn(PROCESS),
-      PROCESS,
-      z,
-      eps=EPS,
-      rtol=1e-5,
-      atol=1e-5,
-      frames=100,
-    )
-  )(z)
+  sampler = ode.ODE(eps=EPS, rtol=1e-5, atol=1e-5, final_denoise=False)
+  score_fn = BIMODAL.score_fn(PROCESS)
+  samples = jax.jit(lambda z: sampler(None, score_fn, PROCESS, z, frames=100))(
+    z
+  )
   with plane.canvas(path, 1, 1, size=4.2) as ((ax,),):
     times, frames = np.asarray(samples.times), np.asarray(samples.frames)
     _draw_paths(ax, times, frames, 'probability-flow ODE')
@@ -351,16 +339,16 @@ FIGURES = {
 
 
 def make(name, workdir):
-  """Draws one figure; writes and returns its numbers."""
+  """Draw a figure, write its numbers to a file, and return them."""
   workdir = pathlib.Path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   numbers = FIGURES[name](workdir / f'{name}.png')
-  text = json.dumps(numbers, indent=1) + '\n'
-  write_text(workdir / f'{name}.json', text)
+  write_json(workdir / f'{name}.json', numbers)
   return numbers
 
 
 def main(argv=None):
+  """Draw the figures that the command line names."""
   parser = argparse.ArgumentParser(prog='python -m examples.paper_figures')
   parser.add_argument('name', choices=[*FIGURES, 'all'])
   parser.add_argument('--workdir', required=True)

@@ -1,0 +1,1 @@
+"""Features of images for metrics: Inception, and reference statistics."""

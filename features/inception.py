@@ -1,14 +1,14 @@
 """The Inception network behind FID, IS and KID, in Flax.
 
-This is the classifier of 5 December 2015 that Heusel et al. 2017 (FID) and
-Salimans et al. 2016 (IS) took their features and class probabilities from.
-It differs from the Inception-v3 that libraries ship today: average pools do
-not count the padding, the last block max-pools, batch norms have no scale
-and epsilon 1e-3, and there are 1008 classes. Batch norms are folded into the
-convolutions when weights are loaded (`models/weights.py`).
+This is the classifier of 5 December 2015, from which Heusel et al. 2017 (FID)
+and Salimans et al. 2016 (IS) took features and class probabilities. It differs
+from the Inception-v3 of today's libraries: average pools do not count the
+padding, the last block uses a max pool, batch norms have no scale and an
+epsilon of 1e-3, and there are 1008 classes. Batch norms become part of the
+convolutions when weights are loaded (`features.weights`).
 
-Scores are comparable only when images enter the network in the same way, so
-each convention has a name (`VARIANTS`), which belongs in every result.
+Scores can be compared only if images become network input in the same way.
+Therefore each convention has a name (see `VARIANTS`), which results contain.
 """
 
 import dataclasses
@@ -30,13 +30,14 @@ NUM_CLASSES = 1008
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-  """How uint8 images become network input: resize, then (x - shift) / scale.
+  """How uint8 images become network input: resized, then (x - shift) / scale.
 
   Attributes:
-    half_pixel: whether pixel centres lie at half-integers, as they do in
-      today's libraries but did not in TensorFlow 1. Neither antialiases.
-    shift: subtracted from pixel values in [0, 255].
-    scale: divides the difference.
+    half_pixel: whether the centres of pixels have half-integer coordinates, as
+      in today's libraries, or integer coordinates, as in TensorFlow 1. In
+      both cases the filter is not antialiased.
+    shift: number that is subtracted from pixel values in [0, 255].
+    scale: number by which the difference is divided.
   """
 
   half_pixel: bool
@@ -45,17 +46,21 @@ class Variant:
 
 
 VARIANTS = {
-  # The graph that Heusel et al. 2017 evaluated; also torch-fidelity.
+  # The graph of Heusel et al. 2017; also torch-fidelity.
   'tensorflow': Variant(half_pixel=False, shift=128.0, scale=128.0),
-  # The PyTorch port of that graph, 2x/255 - 1; also cleaner upsampling.
+  # The PyTorch port of that graph, whose input is 2 x / 255 - 1.
   'pytorch_fid': Variant(half_pixel=True, shift=127.5, scale=127.5),
-  # The release of Song et al. 2021, through TF-GAN.
+  # The release of Song et al. 2021, which uses TF-GAN.
   'score_sde': Variant(half_pixel=False, shift=127.5, scale=127.5),
 }
 
 
 def find_variant(name: str) -> Variant:
-  """The convention of that name, or a ValueError that lists them."""
+  """Return the convention of a name.
+
+  Raises:
+    ValueError: there is no such convention; the message lists all.
+  """
   if name not in VARIANTS:
     raise ValueError(
       f'No Inception variant {name!r}; there are {", ".join(VARIANTS)}.'
@@ -64,12 +69,17 @@ def find_variant(name: str) -> Variant:
 
 
 def interpolation_matrix(num_in: int, half_pixel: bool) -> np.ndarray:
-  """Bilinear interpolation to `IMAGE_SIZE` points as a [299, num_in] matrix."""
+  """Return the matrix [299, num_in] of bilinear interpolation to 299 points.
+
+  Args:
+    num_in: number of pixels of the input.
+    half_pixel: see `Variant`.
+  """
   shift = 0.5 if half_pixel else 0.0
-  # Coordinates are rounded to float32, as in the libraries of the variants.
+  # The libraries of the variants compute coordinates in float32, too.
   out = np.arange(IMAGE_SIZE, dtype=np.float32)
   x = (out + shift) * np.float32(num_in / IMAGE_SIZE) - shift
-  x = np.clip(x, 0, num_in - 1)  # Edges repeat.
+  x = np.clip(x, 0, num_in - 1)  # Pixels at the edges are repeated.
   below = np.floor(x).astype(int)
   above = np.minimum(below + 1, num_in - 1)
   matrix = np.zeros((IMAGE_SIZE, num_in), np.float32)
@@ -79,14 +89,18 @@ def interpolation_matrix(num_in: int, half_pixel: bool) -> np.ndarray:
 
 
 def preprocess(images: Array, variant: str = 'tensorflow') -> Array:
-  """Network input for images of any size.
+  """Return the network input for images of any size.
 
   Args:
-    images: uint8 [B, H, W, C], C = 3, or 1 (repeated thrice).
+    images: uint8 [B, H, W, C] with C = 3, or C = 1, which is repeated three
+      times.
     variant: a key of `VARIANTS`.
 
   Returns:
-    float32 [B, 299, 299, 3], about [-1, 1].
+    float32 [B, 299, 299, 3], approximately in [-1, 1].
+
+  Raises:
+    ValueError: unknown variant, or images of another type or shape.
   """
   convention = find_variant(variant)
   if images.ndim != 4 or images.dtype != np.uint8:
@@ -113,7 +127,10 @@ def preprocess(images: Array, variant: str = 'tensorflow') -> Array:
 
 
 def _convolve(x, kernel, *args, **kwargs):
-  """As lax.conv_general_dilated; a 1x1 is a product, quicker on CPU."""
+  """Convolve as lax.conv_general_dilated does.
+
+  A 1x1 convolution is a matrix product, which is faster on a CPU.
+  """
   if kernel.shape[:2] == (1, 1):
     return jnp.einsum(
       'bhwi,io->bhwo', x, kernel[0, 0], precision=kwargs['precision']
@@ -122,7 +139,7 @@ def _convolve(x, kernel, *args, **kwargs):
 
 
 def _conv(x, features, kernel_size, name, *, strides=1, padding='SAME'):
-  """Convolution (with its batch norm folded in) and ReLU."""
+  """Apply a convolution, which includes its batch norm, and ReLU."""
   conv = nn.Conv(
     features,
     kernel_size,
@@ -136,9 +153,9 @@ def _conv(x, features, kernel_size, name, *, strides=1, padding='SAME'):
 
 
 def _pool(x, combine, stride=1):
-  """combine() of the pixels in each 3x3 window, of shifted images.
+  """Combine the pixels of each 3x3 window, by combining shifted images.
 
-  It is what reduce_window gives, two to five times as fast on CPU.
+  The result is that of reduce_window, two to five times faster on a CPU.
   """
   rows, columns = ((n - 3) // stride * stride + 1 for n in x.shape[1:3])
   windows = [
@@ -150,28 +167,33 @@ def _pool(x, combine, stride=1):
 
 
 def _pad(x, value):
+  """Pad height and width by one pixel on each side."""
   return jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=value)
 
 
 def _avg_pool(x):
-  """3x3, the padding not counted."""
+  """Apply a 3x3 average pool that does not count the padding."""
   ends = lambda n: np.where(np.isin(np.arange(n), (0, n - 1)), 2.0, 3.0)
   count = np.outer(*map(ends, x.shape[1:3])).astype(np.float32)
   return _pool(_pad(x, 0), jnp.add) / count[None, :, :, None]
 
 
 def _max_pool(x):
-  """3x3, of every second pixel, without padding."""
+  """Apply a 3x3 max pool with stride 2 and without padding."""
   return _pool(x, jnp.maximum, stride=2)
 
 
 def _same_max_pool(x):
-  """3x3, padded."""
+  """Apply a 3x3 max pool with stride 1 and padding."""
   return _pool(_pad(x, -jnp.inf), jnp.maximum)
 
 
 class MixedA(nn.Module):
-  """35x35 blocks: 1x1, 5x5, double 3x3 and pooled branches."""
+  """A block at 35x35: branches 1x1, 5x5, double 3x3 and pooled.
+
+  Attributes:
+    pool_features: number of features of the pooled branch.
+  """
 
   pool_features: int
 
@@ -188,7 +210,7 @@ class MixedA(nn.Module):
 
 
 class MixedB(nn.Module):
-  """From 35x35 to 17x17."""
+  """The block that reduces 35x35 to 17x17."""
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -202,7 +224,11 @@ class MixedB(nn.Module):
 
 
 class MixedC(nn.Module):
-  """17x17 blocks: 7x7 convolutions as pairs of 1x7 and 7x1."""
+  """A block at 17x17: 7x7 convolutions as pairs of 1x7 and 7x1.
+
+  Attributes:
+    features: number of features between the convolutions of a pair.
+  """
 
   features: int
 
@@ -223,7 +249,7 @@ class MixedC(nn.Module):
 
 
 class MixedD(nn.Module):
-  """From 17x17 to 8x8."""
+  """The block that reduces 17x17 to 8x8."""
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -239,7 +265,11 @@ class MixedD(nn.Module):
 
 
 class MixedE(nn.Module):
-  """8x8 blocks, whose 3x3 branches end in a 1x3 and a 3x1 side by side."""
+  """A block at 8x8, whose 3x3 branches end in a 1x3 and a 3x1 in parallel.
+
+  Attributes:
+    pool: pool of the last branch.
+  """
 
   pool: Callable[[Array], Array]
 
@@ -258,26 +288,28 @@ class MixedE(nn.Module):
 
 
 class InceptionV3(nn.Module):
-  """The FID network.
+  """The Inception network of the Frechet Inception Distance.
 
   Attributes:
-    with_logits: whether the weights have the last layer, 'fc'.
+    with_logits: whether the weights include the last layer, 'fc'.
   """
 
   with_logits: bool = True
 
   @nn.compact
   def __call__(self, x: Array) -> dict[str, Array | None]:
-    """Features of preprocessed images.
+    """Return features and logits of preprocessed images.
 
     Args:
       x: float32 [B, 299, 299, 3] from `preprocess`.
 
     Returns:
-      'pool_3': float32 [B, 2048]; 'logits': float32 [B, 1008], or None. As
-      in Salimans et al. 2016 the logits lack the bias of the last layer.
+      'pool_3': float32 [B, 2048]; 'logits': float32 [B, 1008], or None. As in
+      Salimans et al. 2016, the logits do not include the bias of the last
+      layer.
     """
-    # A convolution without padding, as XLA computes it thrice as fast on CPU.
+    # XLA on a CPU computes a convolution without padding three times faster as
+    # one with padding, whose edges are cut off.
     inner = lambda x: x[:, 1:-1, 1:-1]
     down = {'strides': 2, 'padding': 'VALID'}
     x = _conv(x, 32, (3, 3), 'Conv2d_1a_3x3', **down)

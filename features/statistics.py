@@ -1,207 +1,127 @@
-"""Features of images, and their statistics over whole datasets.
+"""Statistics of features: moments, and references of whole data sets.
 
-`FeatureExtractor` runs the Inception network; `compute_stats` reduces a
-dataset to the reference that samples are compared with. Statistics say which
-network input, resolution and images they come from, because a distance to
-the wrong reference is a number like any other.
+`compute_stats` reduces a data set to the reference with which samples are
+compared. A reference says from which network input, resolution and images it
+comes, because the distance to a wrong reference looks like any other number.
 """
 
 import dataclasses
-import hashlib
-import importlib
 import os
-import pathlib
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
-import evaluation
-from features import inception
+from features.extract import Extract, features_of, variant_of
 from runtime.files import load_npz, save_npz
 
-Progress = Callable[[int, int], None]  # (images done, images in all)
 
+@dataclasses.dataclass
+class Moments:
+  """Mean and covariance of features, accumulated in float64.
 
-class FeatureExtractor:
-  """Inception features of any number of images, on all devices of this host.
+  Batches, hosts and resumed runs have their own moments, which are merged at
+  the end. The order changes only the rounding.
 
-  Each host of several works through its own share at its own pace; their
-  results meet in `evaluation.Moments.merge` or `merge_stats`.
+  Attributes:
+    count: number of features seen.
+    mean: their mean, [D].
+    scatter: sum of (x - mean) (x - mean)^T over the features, [D, D].
   """
 
-  def __init__(
-    self,
-    params: dict[str, Any],
-    *,
-    variant: str = 'tensorflow',
-    batch_size: int | None = None,
-  ):
-    """Places the network.
+  count: int = 0
+  mean: np.ndarray | float = 0.0
+  scatter: np.ndarray | float = 0.0
 
-    Args:
-      params: of `weights.load_weights`.
-      variant: input convention, a key of `inception.VARIANTS`.
-      batch_size: images at a time, rounded up to fill all devices; None for
-        8 on a CPU, whose caches hold no more, else 128 a device.
+  def update(self, features: np.ndarray) -> None:
+    """Add features [N, D].
+
+    Raises:
+      ValueError: the shape is another one, or values are not finite.
     """
-    inception.find_variant(variant)  # Fails here rather than at first use.
-    self.variant = variant
-    self.with_logits = 'fc' in params
-    network = {k: v for k, v in params.items() if k != 'fc'}
-    self.identity = f'{variant}-{_digest(network)}'
-    devices = jax.local_devices()
-    if batch_size is None:
-      on_cpu = devices[0].platform == 'cpu'
-      batch_size = 8 if on_cpu else 128 * len(devices)
-    mesh = jax.make_mesh(
-      (len(devices),), ('data',), (AxisType.Auto,), devices=devices
-    )
-    everywhere = NamedSharding(mesh, P())  # Every device has all parameters
-    self._split = NamedSharding(mesh, P('data'))  # and its part of a batch.
-    self._batch_size = -(-batch_size // len(devices)) * len(devices)
-    self._params = jax.device_put(params, everywhere)
-    network = inception.InceptionV3(with_logits=self.with_logits)
-    self._apply = jax.jit(
-      lambda params, images: network.apply(
-        {'params': params}, inception.preprocess(images, variant)
-      )
-    )
+    if features.ndim != 2:
+      raise ValueError(f'Features are [N, D], not {features.shape}.')
+    if not len(features):
+      return
+    x = np.asarray(features, np.float64)
+    if not np.isfinite(x).all():
+      raise ValueError('There are features that are not finite.')
+    mean = x.mean(axis=0)
+    self.merge(Moments(len(x), mean, (x - mean).T @ (x - mean)))
 
-  def __call__(
-    self, images: np.ndarray, progress: Progress | None = None
-  ) -> dict[str, np.ndarray | None]:
-    """Features and logits.
+  def merge(self, other: 'Moments') -> None:
+    """Add the features that other moments have seen (Chan et al. 1979).
 
-    Args:
-      images: uint8 [N, H, W, C], C = 1 or 3.
-      progress: called after every batch.
-
-    Returns:
-      'pool_3': [N, 2048], 'logits': [N, 1008] or None, float32.
+    Raises:
+      ValueError: the features have another number of dimensions.
     """
-    batches = []
-    for start in range(0, len(images), self._batch_size):
-      batch = np.asarray(images[start : start + self._batch_size])
-      count = len(batch)
-      # The last batch is filled up, so that one program serves all.
-      fill = [(0, self._batch_size - count)] + [(0, 0)] * (batch.ndim - 1)
-      batch = jax.device_put(np.pad(batch, fill), self._split)
-      outputs = self._apply(self._params, batch)
-      batches.append(
-        {
-          k: v if v is None else np.asarray(v)[:count]
-          for k, v in outputs.items()
-        }
-      )
-      if progress:
-        progress(start + count, len(images))
-    if not batches:
-      raise ValueError('There are no images to take features of.')
-    return jax.tree.map(lambda *x: np.concatenate(x), *batches)
-
-
-def _digest(params: dict[str, Any]) -> str:
-  """Eight hexadecimal digits of the arrays in a pytree."""
-  digest = hashlib.sha256()
-  for leaf in jax.tree.leaves(params):
-    digest.update(np.ascontiguousarray(leaf))
-  return digest.hexdigest()[:8]
-
-
-# What metrics need of an extractor: uint8 [N, H, W, C] -> [N, D], or a dict
-# with those as 'pool_3' (and, for Inception Score, 'logits'). Users' own are
-# welcome.
-Extract = Callable[[np.ndarray], Any]
-
-
-def find_extractor(name: str) -> Extract:
-  """A user's function, by 'module:function'.
-
-  Its `variant`, by which features and statistics know it, carries a hash of
-  the module's file, so that those of an earlier version are not used.
-
-  Raises:
-    ValueError: there is no such module or function.
-  """
-  module_name, _, function_name = name.partition(':')
-  try:
-    module = importlib.import_module(module_name)
-    function = getattr(module, function_name)
-    source = pathlib.Path(module.__file__).read_bytes()
-  except (ImportError, AttributeError, TypeError, ValueError) as error:
-    raise ValueError(
-      f'config.eval.extractor={name!r} is no module:function that can be '
-      f'imported: {error}'
-    ) from None
-  digest = hashlib.sha256(source).hexdigest()[:8]
-
-  def extract(images):
-    return function(images)
-
-  extract.variant = f'{name.replace(":", ".")}-{digest}'
-  return extract
-
-
-def outputs_of(images: np.ndarray, extract: Extract) -> dict[str, np.ndarray]:
-  """'pool_3' [N, D], and 'logits' if there are any, by any extractor."""
-  outputs = extract(images)
-  if not isinstance(outputs, dict):
-    outputs = {'pool_3': outputs}
-  outputs = {k: np.asarray(v) for k, v in outputs.items() if v is not None}
-  for name, value in outputs.items():
-    if value.ndim != 2 or len(value) != len(images):
+    if not other.count:
+      return
+    if self.count and np.shape(self.mean) != np.shape(other.mean):
       raise ValueError(
-        f'The extractor made {name} of shape {value.shape} from '
-        f'{len(images)} images; it should be [{len(images)}, D].'
+        f'Features of {np.size(self.mean)} and {np.size(other.mean)} '
+        'dimensions do not mix.'
       )
-  return outputs
+    count = self.count + other.count
+    delta = other.mean - self.mean
+    self.mean = self.mean + delta * (other.count / count)
+    self.scatter = self.scatter + other.scatter
+    self.scatter += np.outer(delta, delta) * (self.count * other.count / count)
+    self.count = count
 
+  @property
+  def mu(self) -> np.ndarray:
+    """Mean, [D]."""
+    return self.mean
 
-def features_of(images: np.ndarray, extract: Extract) -> np.ndarray:
-  """Features [N, D] by Inception or a user's own extractor."""
-  return outputs_of(images, extract)['pool_3']
+  @property
+  def sigma(self) -> np.ndarray:
+    """Unbiased covariance, [D, D].
 
+    Raises:
+      ValueError: there are fewer than two features.
+    """
+    if self.count < 2:
+      raise ValueError(f'{self.count} images have no covariance; use more.')
+    return self.scatter / (self.count - 1)
 
-# --- Reference statistics -----------------------------------------------------
+  def save(self, path: str | os.PathLike) -> None:
+    """Write an .npz file, completely or not at all."""
+    save_npz(path, **dataclasses.asdict(self))
 
+  @classmethod
+  def load(cls, path: str | os.PathLike) -> 'Moments':
+    """Return the moments of a file that `save` wrote.
 
-def fingerprint(images: np.ndarray, previous: str = '0') -> str:
-  """Identifies a set of uint8 images [N, H, W, C], whatever their order.
-
-  Args:
-    images: a batch of the set.
-    previous: fingerprint of the batches so far; those of shards combine too,
-      see `merge_stats`.
-
-  Returns:
-    32 hexadecimal digits: the sum of the images' hashes.
-  """
-  shape = repr(images.shape[1:]).encode()
-  total = int(previous, 16)
-  for image in images:
-    digest = hashlib.blake2b(shape + image.tobytes(), digest_size=16).digest()
-    total += int.from_bytes(digest, 'big')
-  return f'{total % 2**128:032x}'
+    Raises:
+      FileNotFoundError, ValueError: no such file, or no moments in it.
+    """
+    file = load_npz(path)
+    try:
+      return cls(int(file['count']), file['mean'][()], file['scatter'][()])
+    except KeyError as error:
+      raise ValueError(
+        f'{path} holds no moments: {error} is missing.'
+      ) from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReferenceStats:
-  """What metrics need of a dataset. None is what a foreign file leaves out.
+  """What metrics need to know of a data set.
+
+  Files of other projects leave out some attributes, which are then None.
 
   Attributes:
     mu: mean of the features, [D].
     sigma: their unbiased covariance, [D, D].
     count: number of images.
-    variant: input convention of `inception.VARIANTS`, or the name of a
-      user's extractor.
-    resolution: image height.
-    fingerprint: of the images.
-    features: of a random subset, [n, D], for KID and neighbours.
+    variant: how images become network input, a key of `inception.VARIANTS`, or
+      the name of the user's extractor.
+    resolution: height of the images, in pixels.
+    fingerprint: fingerprint of the data set.
+    features: features of a random subset, [n, D], for the Kernel Inception
+      Distance and metrics of nearest neighbours.
   """
 
   mu: np.ndarray
@@ -214,11 +134,11 @@ class ReferenceStats:
 
   @property
   def dimensions(self) -> int:
-    """D."""
+    """Number of dimensions of the features, D."""
     return len(self.mu)
 
   def save(self, path: str | os.PathLike) -> None:
-    """Writes an .npz that pytorch-fid and EDM read too (mu, sigma)."""
+    """Write an .npz file, which pytorch-fid and EDM can read too."""
     fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
     known = {k: v for k, v in fields.items() if v is not None}
     save_npz(path, **known)
@@ -228,27 +148,32 @@ def compute_stats(
   batches: Iterable[np.ndarray],
   extract: Extract,
   *,
+  fingerprint: str | None = None,
   num_features: int = 10_000,
   progress: Callable[[int], None] | None = None,
 ) -> ReferenceStats:
-  """Statistics of a dataset: raw images, no flips, each one once.
+  """Return statistics of the images of a data set, each one once, not flipped.
 
   Args:
-    batches: uint8 [N, H, W, C], N may vary.
-    extract: a `FeatureExtractor`, or a function of the user's.
-    num_features: how many features are kept, drawn at random.
-    progress: called with the number of images done.
+    batches: uint8 [N, H, W, C]; N can vary.
+    extract: a `FeatureExtractor`, or a function of the user.
+    fingerprint: fingerprint of the data set.
+    num_features: number of features that are kept, a random subset.
+    progress: function that is called with the number of images that are done.
+
+  Raises:
+    ValueError: there are no images, or images of several heights.
   """
-  moments = evaluation.Moments()
+  moments = Moments()
   rng = np.random.default_rng(0)
-  digest, sizes = '0', set()
+  heights = set()
   kept, keys = None, None
   for images in batches:
     features = features_of(images, extract)
     moments.update(features)
-    digest = fingerprint(images, digest)
-    sizes.add(images.shape[1])
-    # The subset is that with the smallest random keys, in one pass.
+    heights.add(images.shape[1])
+    # The features with the smallest random keys are a random subset. They are
+    # found in one pass, without keeping the others.
     new_keys = rng.random(len(images))
     kept = features if kept is None else np.concatenate([kept, features])
     keys = new_keys if keys is None else np.concatenate([keys, new_keys])
@@ -257,63 +182,54 @@ def compute_stats(
     if progress:
       progress(moments.count)
   if not moments.count:
-    raise ValueError('There are no images to take statistics of.')
-  if len(sizes) > 1:
-    raise ValueError(f'Images differ in height: {sorted(sizes)}.')
+    raise ValueError('There are no images to compute statistics of.')
+  if len(heights) > 1:
+    raise ValueError(f'Images differ in height: {sorted(heights)}.')
   return ReferenceStats(
     mu=moments.mu,
     sigma=moments.sigma,
     count=moments.count,
     variant=variant_of(extract),
-    resolution=sizes.pop(),
-    fingerprint=digest,
+    resolution=heights.pop(),
+    fingerprint=fingerprint,
     features=np.float32(kept),
   )
 
 
-def variant_of(extract: Extract) -> str:
-  """The name that results give to an extractor."""
-  name = getattr(extract, '__name__', type(extract).__name__)
-  return getattr(extract, 'variant', name)
-
-
-def identity_of(extract: Extract) -> str:
-  """A name, fit for files, of all that an extractor's features depend on."""
-  return getattr(extract, 'identity', variant_of(extract))
-
-
 def merge_stats(parts: list[ReferenceStats]) -> ReferenceStats:
-  """Statistics of shards, of hosts or of one run after another, together."""
-  moments, digest = evaluation.Moments(), 0
+  """Return the statistics of a data set from those of its parts.
+
+  Raises:
+    ValueError: the parts are of different data sets, resolutions or variants.
+  """
+  moments, first = Moments(), parts[0]
   for part in parts:
-    check_compatible(
-      part, variant=parts[0].variant, resolution=parts[0].resolution
-    )
+    same = ('variant', 'resolution', 'fingerprint')
+    if any(getattr(part, name) != getattr(first, name) for name in same):
+      raise ValueError('Statistics of different data sets cannot be merged.')
     scatter = part.sigma * (part.count - 1)
-    moments.merge(evaluation.Moments(part.count, part.mu, scatter))
-    digest += int(part.fingerprint, 16)
+    moments.merge(Moments(part.count, part.mu, scatter))
   return dataclasses.replace(
-    parts[0],
+    first,
     mu=moments.mu,
     sigma=moments.sigma,
     count=moments.count,
-    fingerprint=f'{digest % 2**128:032x}',
     features=np.concatenate([part.features for part in parts]),
   )
 
 
 def load_stats(path: str | os.PathLike) -> ReferenceStats:
-  """Reads statistics: ours, or of other projects.
+  """Return the statistics of a file of this project or of another one.
 
-  Those of pytorch-fid, of Heusel et al. 2017 and of EDM hold mu and sigma;
-  those of Song et al. 2021 hold the features themselves, as 'pool_3'.
+  Files of pytorch-fid, of Heusel et al. 2017 and of EDM contain mu and sigma.
+  Files of Song et al. 2021 contain the features, as 'pool_3'.
 
   Raises:
     FileNotFoundError, ValueError: no such file, or no statistics in it.
   """
   file = load_npz(path)
   if 'mu' not in file and 'pool_3' in file:
-    moments = evaluation.Moments()
+    moments = Moments()
     moments.update(file['pool_3'])
     return ReferenceStats(
       mu=moments.mu,
@@ -338,12 +254,15 @@ def load_stats(path: str | os.PathLike) -> ReferenceStats:
 
 
 def check_compatible(stats: ReferenceStats, **wanted: Any) -> None:
-  """Refuses statistics of something else; warns where they do not say.
+  """Check that statistics are of the right data; warn where they do not say.
 
   Args:
     stats: the reference.
-    **wanted: any of dimensions, variant, resolution, fingerprint, with their
-      values.
+    **wanted: any of dimensions, variant, resolution and fingerprint, with the
+      values that the reference must have.
+
+  Raises:
+    ValueError: the reference has another value.
   """
   for name, want in wanted.items():
     have = getattr(stats, name)
@@ -356,71 +275,6 @@ def check_compatible(stats: ReferenceStats, **wanted: Any) -> None:
     elif have != want:
       raise ValueError(
         f'The reference statistics have the {name} {have}, not {want}: '
-        'compute them anew with --mode stats, or leave out '
-        'config.eval.stats_path.'
+        'compute new ones with --mode stats, or leave config.eval.stats_path '
+        'empty.'
       )
-
-
-# --- All metrics at once ------------------------------------------------------
-
-
-def score_samples(
-  batches: Iterable[dict[str, np.ndarray]],
-  reference: ReferenceStats,
-  *,
-  seed: int = 0,
-  allow_few: bool = False,
-) -> dict[str, evaluation.Metric]:
-  """Every metric that the samples and the reference permit.
-
-  FID takes all samples, a batch at a time; KID and neighbours as many as the
-  reference has features. Those that need more images than there are, or
-  features that the reference does not hold, have no value but a note that
-  says so.
-
-  Args:
-    batches: dicts with 'pool_3', [n, D], and perhaps 'logits', [n, 1008].
-    reference: what they are compared with.
-    seed: of KID's subsets.
-    allow_few: see `fid`.
-
-  Returns:
-    'fid', 'is_1_split', 'is_10_splits', 'kid', 'precision', 'recall',
-    'density', 'coverage'.
-  """
-  real = reference.features
-  most = evaluation.ENOUGH_SAMPLES if real is None else len(real)
-  moments, kept, logits = evaluation.Moments(), [], []
-  for batch in batches:
-    room = max(most - moments.count, 0)
-    moments.update(batch['pool_3'])
-    kept.append(batch['pool_3'][:room])
-    if 'logits' in batch:
-      logits.append(batch['logits'])
-  fake = np.concatenate(kept)
-  logits = np.concatenate(logits) if logits else None
-
-  def attempt(metric, *args, **kwargs):
-    try:
-      return metric(*args, **kwargs)
-    except ValueError as error:
-      return evaluation.Metric(value=None, count=moments.count, note=str(error))
-
-  metrics = {
-    'fid': attempt(
-      evaluation.fid, moments, reference, features=fake, allow_few=allow_few
-    ),
-    'is_1_split': attempt(evaluation.inception_score, logits, splits=1),
-    'is_10_splits': attempt(evaluation.inception_score, logits, splits=10),
-  }
-  neighbours = ('precision', 'recall', 'density', 'coverage')
-  if real is None:
-    note = 'The reference statistics hold no features.'
-    missing = evaluation.Metric(value=None, count=moments.count, note=note)
-    return metrics | dict.fromkeys(('kid', *neighbours), missing)
-  metrics['kid'] = attempt(evaluation.kid, real, fake, seed=seed)
-  # Shares of neighbours depend on the counts: keep them equal.
-  equal = min(len(real), len(fake))
-  for function in (evaluation.precision_recall, evaluation.density_coverage):
-    metrics |= function(real[:equal], fake[:equal])
-  return metrics

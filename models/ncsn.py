@@ -1,10 +1,10 @@
 """Noise-conditional score networks: RefineNets with InstanceNorm++.
 
 NCSN (Song & Ermon 2019, Appendix A) is told the index of the noise level, has
-one set of normalisation weights for each, and is the score. NCSNv2 (Song &
-Ermon 2020, Technique 3) is unconditional, and divided by sigma by whoever makes
-a score of it (`models.score`). Both are a ResNet whose features at each depth
-are fused, from the deepest, by the refinement blocks of Lin et al. 2017.
+one set of normalisation weights for each, and returns the score. NCSNv2 (Song &
+Ermon 2020, Technique 3) is not told the noise level; `models.score` divides its
+output by sigma. Both are a ResNet whose features at each depth are fused, from
+the deepest on, by the refinement blocks of Lin et al. 2017.
 
 Parameter names are those of the paper's released NCSNv2 checkpoints.
 """
@@ -18,15 +18,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models import layers
+from models import fields, layers
+from runtime.options import option
 
 
 class Level(NamedTuple):
   """One depth of the network; widths are multiples of nf."""
 
-  width: int  # of the two residual blocks
-  refined: int  # width of the refinement block
-  dilation: int = 1  # of convolutions; above 1, the depth does not downsample
+  width: int  # Of the two residual blocks.
+  refined: int  # Width of the refinement block.
+  dilation: int = 1  # Of convolutions; above 1 the depth does not downsample.
 
 
 _LEVELS_64 = (
@@ -38,13 +39,13 @@ _LEVELS_64 = (
 
 
 def torch_init(key, shape, dtype=jnp.float32):
-  """PyTorch's default for kernels [K, K, I, O]: U(-1, 1) / sqrt(K^2 I)."""
+  """Draw kernels [K, K, I, O] as PyTorch does, U(-1, 1) / sqrt(K^2 I)."""
   bound = 1 / np.sqrt(np.prod(shape[:-1]))
   return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def conv(x, features, *, dtype, size=3, dilation=1, bias=True):
-  """A convolution with zero padding and PyTorch's initialisers."""
+  """Apply a convolution with zero padding and PyTorch's initialisers."""
   fan_in = (size, size, x.shape[-1])
   return nn.Conv(
     features,
@@ -52,7 +53,7 @@ def conv(x, features, *, dtype, size=3, dilation=1, bias=True):
     kernel_dilation=dilation,
     use_bias=bias,
     kernel_init=torch_init,
-    # As wide as the kernel's.
+    # The distribution of the kernel.
     bias_init=lambda key, shape, t=jnp.float32: torch_init(
       key, (*fan_in, *shape), t
     )[0, 0, 0],
@@ -65,10 +66,10 @@ def _near_one(key, shape, dtype=jnp.float32):
 
 
 def _instance_norm(x):
-  """Normalised x, and its channel means normalised across channels.
+  """Return normalised x, and its channel means normalised across channels.
 
-  Statistics over the pixels of one image, float32; x [B, H, W, C] and means
-  [B, 1, 1, C].
+  Statistics are over the pixels of one image, in float32; x is [B, H, W, C] and
+  the means are [B, 1, 1, C].
   """
   x = x.astype(jnp.float32)
   mean = x.mean(axis=(1, 2), keepdims=True)
@@ -82,8 +83,8 @@ def _instance_norm(x):
 class InstanceNorm2dPlus(nn.Module):
   """InstanceNorm++: gamma (normalised x + alpha shift) + beta.
 
-  The shift keeps what plain instance normalisation drops, the means of the
-  channels relative to one another (Song & Ermon 2019, Appendix A).
+  The shift keeps the means of the channels relative to one another, which plain
+  instance normalisation drops (Song & Ermon 2019, Appendix A).
   """
 
   dtype: Any
@@ -120,18 +121,18 @@ class ConditionalInstanceNorm2dPlus(nn.Module):
 
 
 def instance_norm(x, labels, *, num_classes, dtype):
-  """InstanceNorm++, by noise level if there are `num_classes` of them."""
+  """Apply InstanceNorm++, with weights per noise level if `num_classes`."""
   if num_classes:
     return ConditionalInstanceNorm2dPlus(num_classes, dtype)(x, labels)
   return InstanceNorm2dPlus(dtype)(x)
 
 
 class _Block(nn.Module):
-  """What all blocks below need to know."""
+  """Base class of the blocks below."""
 
   features: int
   act: Callable[[jax.Array], jax.Array]
-  num_classes: int  # noise levels to distinguish, 0 for an unconditional net
+  num_classes: int  # Noise levels to distinguish; 0 for none.
   dtype: Any
 
   def norm(self, x, labels):
@@ -140,14 +141,14 @@ class _Block(nn.Module):
     )
 
   def norm_if_conditional(self, x, labels):
-    """RefineNet normalises in NCSN only; NCSNv2 dropped it there."""
+    """Normalise in NCSN; NCSNv2 has no such norms in its RefineNet."""
     return self.norm(x, labels) if self.num_classes else x
 
   def conv(self, x, **kwargs):
     return conv(x, self.features, dtype=self.dtype, **kwargs)
 
   def common(self):
-    """Fields for a block within this one."""
+    """Return the fields of a block within this one."""
     return {
       'act': self.act,
       'num_classes': self.num_classes,
@@ -169,10 +170,9 @@ class ConvMeanPool(nn.Module):
 
 
 class ResidualBlock(_Block):
-  """Pre-activation residual block; with `down` it ends a depth.
+  """Pre-activation residual block; with `down` it begins a depth.
 
-  At dilation 1, `down` halves the image; at greater ones, the dilation takes
-  the place of that.
+  `down` halves the image, except with a dilation above 1, which replaces that.
   """
 
   down: bool = False
@@ -246,7 +246,7 @@ class RefineBlock(_Block):
 
   @nn.compact
   def __call__(self, xs, labels):
-    """xs: features at this depth and, but for the deepest, refined ones."""
+    """Fuse xs: features of this depth, then refined deeper ones, if any."""
     common = self.common()
     hs = [RCUBlock(x.shape[-1], **common)(x, labels) for x in xs]
     h = hs[0]
@@ -258,48 +258,35 @@ class RefineBlock(_Block):
 
 
 class _RefineNet(nn.Module):
-  """The network; subclasses say how deep and whether conditional.
+  """Base class; subclasses choose the depths and whether it is conditional."""
 
-  Attributes:
-    nf: channels at the highest resolution.
-    nonlinearity: 'elu', 'relu', 'lrelu' or 'swish'.
-    centered: images are in [-1, 1]; else in [0, 1] and mapped there.
-    dtype: 'float32' or 'bfloat16', for convolutions.
-    remat: recompute blocks in the backward pass: less memory, more time.
-  """
-
-  nf: int = 128
-  nonlinearity: str = 'elu'
-  centered: bool = False
-  dtype: str = 'float32'
-  remat: bool = False
+  nf: int = fields.nf()
+  nonlinearity: str = fields.nonlinearity('elu')
+  centered: bool = fields.centered(False)
+  dtype: str = fields.dtype()
+  remat: bool = fields.remat()
 
   levels: ClassVar[Sequence[Level]] = _LEVELS_64
   num_classes: ClassVar[int] = 0
 
   def __post_init__(self):
-    layers.check_choices(
-      self,
-      nonlinearity=tuple(layers.ACTIVATIONS),
-      dtype=layers.DTYPES,
-    )
+    fields.check(self)
     super().__post_init__()
 
   @nn.compact
   def __call__(self, x, cond, *, train):
-    """Evaluates the network: NCSN's score, or NCSNv2's times sigma.
+    """Return the score (NCSN), or the score times sigma (NCSNv2).
 
     Args:
       x: noisy images [B, H, W, C].
-      cond: index of the noise level [B], 0 for the largest, to NCSN; NCSNv2
-        takes no notice of it.
-      train: has no effect: there is no dropout.
+      cond: index of the noise level [B], 0 for the largest; NCSNv2 ignores it.
+      train: has no effect, because there is no dropout.
 
     Returns:
       float32 [B, H, W, C].
 
     Raises:
-      ValueError: if the images cannot be halved as often as needed.
+      ValueError: the images cannot be halved as often as needed.
     """
     del train
     halvings = sum(level.dilation == 1 for level in self.levels[1:])
@@ -311,10 +298,7 @@ class _RefineNet(nn.Module):
       ResidualBlock, 'ResidualBlock', remat=self.remat, **common
     )
     refine = layers.numbered(
-      RefineBlock,
-      'RefineBlock',
-      remat=self.remat,
-      **common,
+      RefineBlock, 'RefineBlock', remat=self.remat, **common
     )
     labels = cond.astype(jnp.int32) if self.num_classes else None
     if not self.centered:
@@ -323,9 +307,9 @@ class _RefineNet(nn.Module):
     h = conv(x, self.nf, dtype=dtype)
     features = []
     for depth, level in enumerate(self.levels):
-      fields = {'features': level.width * self.nf, 'dilation': level.dilation}
-      h = block(down=depth > 0, **fields)(h, labels)
-      h = block(**fields)(h, labels)
+      size = {'features': level.width * self.nf, 'dilation': level.dilation}
+      h = block(down=depth > 0, **size)(h, labels)
+      h = block(**size)(h, labels)
       features.append(h)
 
     refined = []
@@ -343,19 +327,32 @@ class _RefineNet(nn.Module):
 class NCSN(_RefineNet):
   """NCSN of 2019, whose normalisation depends on the noise level.
 
-  Attributes:
-    num_classes: the number L of noise levels.
+  Example:
+    >>> NCSN(num_classes=232).nonlinearity
+    'elu'
   """
 
-  num_classes: int = 10
+  num_classes: int = option(
+    10, 'Noise levels, as many as training.num_scales.', '[1, inf)'
+  )
 
 
 class NCSNv2(_RefineNet):
-  """NCSNv2 for images of up to 64 pixels."""
+  """NCSNv2 for images of up to 64 pixels.
+
+  Example:
+    >>> len(NCSNv2(nf=16).levels)
+    4
+  """
 
 
 class NCSNv2_128(_RefineNet):
-  """NCSNv2 for images of about 128 pixels."""
+  """NCSNv2 for images of about 128 pixels.
+
+  Example:
+    >>> len(NCSNv2_128(nf=16).levels)
+    5
+  """
 
   levels = (
     Level(1, 1),
@@ -367,7 +364,12 @@ class NCSNv2_128(_RefineNet):
 
 
 class NCSNv2_256(_RefineNet):
-  """NCSNv2 for images of about 256 pixels."""
+  """NCSNv2 for images of about 256 pixels.
+
+  Example:
+    >>> len(NCSNv2_256(nf=16).levels)
+    6
+  """
 
   levels = (
     Level(1, 1),

@@ -5,10 +5,10 @@ shift-invariant again") as StyleGAN2 does it (Karras et al. 2020, Section 4)
 and NCSN++ after it (Song et al. 2021, Appendix H). The two-dimensional filter
 is the outer product of `taps` with itself, normalised to sum to one; outside
 the image there are zeros. The taps (1, 3, 3, 1) are the paper's; the taps
-(1, 1) give plain resampling, that is nearest neighbour and 2x2 means.
+(1, 1) give plain resampling, that is nearest neighbours and 2x2 means.
 
-Each axis is filtered in its polyphase form: one weighted slice of the input
-per tap, and never a multiplication by a zero that was only just inserted.
+Each axis is filtered in its polyphase form, one weighted slice of the input per
+tap, which saves the multiplications by inserted zeros.
 """
 
 import jax
@@ -16,33 +16,33 @@ import jax.numpy as jnp
 
 
 def upsample(x, taps):
-  """Doubles height and width, keeping the mean: [B, H, W, C]."""
+  """Double height and width of x [B, H, W, C], keeping the mean."""
   return _upsample(x, taps, tail=0)
 
 
 def downsample(x, taps):
-  """Halves height and width, keeping the mean: [B, H, W, C]."""
+  """Halve height and width of x [B, H, W, C], keeping the mean."""
   return _downsample_axis(_downsample_axis(x, taps, axis=1), taps, axis=2)
 
 
 def upsample_conv(x, kernel, taps):
-  """Convolves the upsampled, unbounded image: [B, 2H, 2W, O].
+  """Upsample the image with its surroundings, and convolve: [B, 2H, 2W, O].
 
   Args:
-    x: [B, H, W, I], followed by zeros in all directions.
+    x: [B, H, W, I], surrounded by zeros.
     kernel: [K, K, I, O] with K odd.
     taps: the filter.
   """
-  # The convolution sees the filter's tail beyond the border, not zeros.
+  # Beyond the border the convolution reads the tail of the filter, not zeros.
   tail = kernel.shape[0] // 2
   return _valid_conv(_upsample(x, taps, tail=tail), kernel, stride=1)
 
 
 def downsample_conv(x, kernel, taps):
-  """Filters, then convolves every second pixel: [B, H / 2, W / 2, O].
+  """Filter, then convolve every second pixel: [B, H / 2, W / 2, O].
 
   Args:
-    x: [B, H, W, I], followed by zeros in all directions; H and W even.
+    x: [B, H, W, I], surrounded by zeros; H and W even.
     kernel: [K, K, I, O] with K odd.
     taps: the filter.
   """
@@ -58,19 +58,19 @@ def downsample_conv(x, kernel, taps):
 
 
 def _normalised(taps):
-  """Weights of a correlation with the filter: reversed, of sum one."""
+  """Return the weights of a correlation: the filter reversed, of sum one."""
   return [tap / sum(taps) for tap in reversed(taps)]
 
 
 def _pad(x, axis, before, after):
-  """Adds rows of zeros along one axis; negative numbers crop."""
+  """Add rows of zeros along one axis; negative numbers crop."""
   config = [(0, 0, 0)] * x.ndim
   config[axis] = (before, after, 0)
   return jax.lax.pad(x, jnp.zeros((), x.dtype), config)
 
 
 def _upsample(x, taps, *, tail):
-  """Doubles height and width, `tail` pixels beyond each border included."""
+  """Double height and width, with `tail` more pixels beyond each border."""
   rows = [
     jnp.stack(_phases(y, taps, axis=2, tail=tail), axis=3)
     for y in _phases(x, taps, axis=1, tail=tail)
@@ -81,7 +81,7 @@ def _upsample(x, taps, *, tail):
 
 
 def _phases(x, taps, *, axis, tail):
-  """The even and the odd pixels of x upsampled along one axis."""
+  """Return the even and the odd pixels of x upsampled along one axis."""
   before = (len(taps) - 1) // 2 + 1 + tail
   # Output 2i + phase is the sum of w[j] x[(2i + phase + j - before) / 2] over
   # those j that give an integer index.
@@ -97,7 +97,7 @@ def _phases(x, taps, *, axis, tail):
 
 
 def _downsample_axis(x, taps, *, axis):
-  """Halves one axis."""
+  """Halve one axis."""
   size = x.shape[axis]
   padding = len(taps) - 2
   padded = _pad(x, axis, (padding + 1) // 2, padding // 2)

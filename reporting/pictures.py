@@ -1,13 +1,21 @@
-"""Pictures of samples: grids, point clouds, and the way to them."""
+"""Pictures of samples: grids of images, point clouds, and trajectories."""
 
-import os
 import pathlib
 
 import numpy as np
 
+from runtime.files import atomic
+
 
 def save_samples(path, samples, *, columns=None):
-  """One PNG of samples: uint8 images in a grid, points [N, D] scattered."""
+  """Write samples as one PNG: a grid of images, or a scatter plot of points.
+
+  Args:
+    path: path of the PNG.
+    samples: uint8 images [N, H, W, C], or points [N, D], of which the first two
+      coordinates are shown.
+    columns: images in a row; None for a nearly square grid.
+  """
   if samples.ndim > 2:
     return save_grid(path, samples, columns=columns)
   plt = pyplot()
@@ -18,7 +26,7 @@ def save_samples(path, samples, *, columns=None):
 
 
 def pyplot():
-  """Matplotlib's, which draws into files only."""
+  """Return matplotlib.pyplot, set up to draw into files only."""
   import matplotlib
 
   matplotlib.use('Agg')
@@ -28,20 +36,19 @@ def pyplot():
 
 
 def save_figure(path, figure):
-  """Writes a figure as PNG, whole or not at all, and closes it."""
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
+  """Write a figure as PNG atomically, and close it."""
   figure.tight_layout()
-  part = path.with_name(path.name + '.part')
-  figure.savefig(part, format='png', dpi=100)
+  with atomic(path) as part:
+    figure.savefig(part, format='png', dpi=100)
   pyplot().close(figure)
-  os.replace(part, path)
 
 
 def _tiled(images, columns, scale_to):
-  """uint8 images [N, H, W, C] as one, in rows of `columns`, white between.
+  """Return uint8 images [N, H, W, C] as one picture [H', W', C].
 
-  Small images are enlarged by a whole factor, to a width of about `scale_to`.
+  Rows have `columns` images, with white lines of two pixels between them. Small
+  images are enlarged by an integer factor, such that the picture is about
+  `scale_to` pixels wide.
   """
   n, h, w, c = images.shape
   rows = -(-n // columns)
@@ -54,34 +61,35 @@ def _tiled(images, columns, scale_to):
 
 
 def _save_picture(path, *pictures, **options):
-  """Writes uint8 [H, W, C] as PNG or, several of them, GIF, by the suffix."""
+  """Write uint8 pictures [H, W, C]: one as PNG, several as GIF, by suffix."""
   from PIL import Image
 
   path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(path.name + '.part')
   first, *others = (
     Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p) for p in pictures
   )
   if others:
     options |= {'save_all': True, 'append_images': others}
-  first.save(part, format=path.suffix[1:], **options)
-  os.replace(part, path)
+  with atomic(path) as part:
+    first.save(part, format=path.suffix[1:], **options)
 
 
 def save_grid(path, images, *, columns=None, scale_to=512):
-  """Writes uint8 images [N, H, W, C], C = 1, 3 or 4, as one PNG.
+  """Write images as one PNG, a grid with white lines of two pixels.
 
-  Rows are of `columns` images, or of so many that the grid is nearly square.
-  Small images are enlarged by a whole factor, to a grid of about `scale_to`
-  pixels; two white pixels part them.
+  Args:
+    path: path of the PNG.
+    images: uint8 [N, H, W, C] with C = 1, 3 or 4.
+    columns: images in a row; None for a nearly square grid.
+    scale_to: small images are enlarged by an integer factor, such that the grid
+      is about so many pixels wide.
   """
   columns = columns or int(np.ceil(np.sqrt(len(images))))
   _save_picture(path, _tiled(images, columns, scale_to))
 
 
 def _scattered(points):
-  """A picture of points [N, D], uint8 [H, W, 3], cut where most of them are."""
+  """Return a picture, uint8 [H, W, 3], of points [N, D] without outliers."""
   plt = pyplot()
   figure, ax = plt.subplots(figsize=(2.4, 2.4), layout='constrained')
   ax.scatter(*points[:, :2].T, s=2, alpha=0.6, linewidths=0)
@@ -95,12 +103,14 @@ def _scattered(points):
 
 
 def save_trajectory(path, frames):
-  """Writes the way to samples as a strip, path.png, and a film, path.gif.
+  """Write the states on the way to samples as a strip and as a film.
+
+  The strip is a PNG whose columns are the states. The film is a GIF beside it.
 
   Args:
-    path: of the strip; the film beside it has the suffix .gif.
-    frames: uint8 images [F, N, H, W, C], of which the strip shows eight, the
-      film 64; or points [F, N, D].
+    path: path of the strip; the film has the suffix .gif instead.
+    frames: uint8 images [F, N, H, W, C], of which the strip shows the first 8
+      and the film the first 64; or points [F, N, D].
   """
   path = pathlib.Path(path)
   if frames.ndim > 3:

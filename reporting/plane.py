@@ -1,7 +1,7 @@
 """Pictures of the plane: densities, score fields, points and paths.
 
-Each function draws into axes `ax` of matplotlib; `canvas` makes them and writes
-the file, whole or not at all.
+Each function draws into axes `ax` of matplotlib. `canvas` makes the axes and
+writes the file.
 """
 
 import contextlib
@@ -15,7 +15,15 @@ DENSITY, POINTS, PATHS = 'Blues', '#d1495b', '#f4a259'
 
 @contextlib.contextmanager
 def canvas(path, rows, columns, *, size=3.2, **options):
-  """Axes [rows, columns], whose figure is written to path at the end."""
+  """Yield axes [rows, columns] of a figure; write it to `path` at the end.
+
+  Args:
+    path: path of the PNG.
+    rows: rows of axes.
+    columns: columns of axes.
+    size: width and height of each of the axes, in inches.
+    **options: further arguments of `pyplot.subplots`.
+  """
   plt = pyplot()
   figure, axes = plt.subplots(
     rows,
@@ -32,26 +40,32 @@ def canvas(path, rows, columns, *, size=3.2, **options):
 
 
 def grid(half, n):
-  """Points [n * n, 2] of a square grid over [-half, half]^2, float32."""
+  """Return the points, float32 [n * n, 2], of a grid over [-half, half]^2."""
   edge = np.linspace(-half, half, n, dtype=np.float32)
   return np.stack(np.meshgrid(edge, edge), axis=-1).reshape(-1, 2)
 
 
 def frame(ax, half, title=''):
-  """Shows the square [-half, half]^2, without ticks."""
+  """Show the square [-half, half]^2 without ticks."""
   ax.set(xlim=(-half, half), ylim=(-half, half), aspect='equal', title=title)
   ax.set(xticks=[], yticks=[])
 
 
 def density(ax, half, values):
-  """Values [n * n] of a density at the points of `grid`, dark where large."""
+  """Draw a density, dark where it is large.
+
+  Args:
+    ax: axes.
+    half: half the width of the square.
+    values: values [n * n] of the density at the points of `grid(half, n)`.
+  """
   n = round(np.sqrt(len(values)))
   ax.imshow(
     np.reshape(values, (n, n)),
     extent=(-half, half, -half, half),
     origin='lower',
     cmap=DENSITY,
-    # The corners of a density with jumps or peaks would hide the rest.
+    # A few very large values, at jumps or peaks, would make the rest pale.
     vmin=0,
     vmax=np.quantile(values, 0.995),
     interpolation='bilinear',
@@ -59,7 +73,16 @@ def density(ax, half, values):
 
 
 def field(ax, x, score, *, longest=None, color='#333333'):
-  """Arrows of a score [N, 2] at x [N, 2]; long ones are cut to `longest`."""
+  """Draw a score as arrows.
+
+  Args:
+    ax: axes.
+    x: points [N, 2] at which the arrows start.
+    score: score [N, 2] at these points.
+    longest: longer arrows are shortened to this norm; None for the norm that
+      nine of ten arrows do not exceed.
+    color: colour of the arrows.
+  """
   norm = np.linalg.norm(score, axis=1, keepdims=True)
   longest = longest or np.quantile(norm, 0.9)
   score = score * np.minimum(1, longest / np.maximum(norm, 1e-9))
@@ -67,17 +90,18 @@ def field(ax, x, score, *, longest=None, color='#333333'):
 
 
 def scatter(ax, x, *, color=POINTS, size=3, alpha=0.5):
+  """Draw points x [N, 2]."""
   ax.scatter(*np.asarray(x).T, s=size, alpha=alpha, c=color, linewidths=0)
 
 
 def paths(ax, x, *, color=PATHS):
-  """Paths x [F, N, 2] of N points, with their ends."""
+  """Draw the paths x [F, N, 2] of N points over F times, and their ends."""
   for path in np.swapaxes(x, 0, 1):
     ax.plot(*path.T, color=color, lw=0.8, alpha=0.7)
   scatter(ax, x[-1], size=8, alpha=1.0)
 
 
 def spread(n):
-  """n colours in order, to tell neighbouring paths apart."""
+  """Return n colours in order, which tell neighbouring paths apart."""
   cmap = pyplot().get_cmap('autumn')
   return [cmap(0.75 * i / max(n - 1, 1)) for i in range(n)]

@@ -1,26 +1,40 @@
-"""What people and programs read of a run: progress, logs and pictures."""
+"""Tables and curves of evaluation results.
 
-import json
+A result is a dict, as in the JSON files of an evaluation:
+
+- 'step', of the checkpoint, or 'images', the path of images that were scored;
+- 'sampler', 'nfe', 'count', 'seed' and 'inception_variant', where they apply;
+- metrics, by name: every value that is a dict with a 'value', which is None if
+  the metric is not available. It may have 'std_error', 'probe_error' and
+  'note'.
+"""
+
 import pathlib
 
-import experiment
 from reporting.pictures import pyplot, save_figure
-from runtime.files import write_text
+from runtime.files import write_json, write_text
 from runtime.progress import say
 
-METRICS = (
-  'test_loss', 'bits_per_dim', 'nats', 'true_nats', 'fid', 'kid',
-  'is_1_split', 'is_10_splits', 'precision', 'recall', 'density', 'coverage',
-  'sliced_wasserstein', 'true_sliced_wasserstein', 'energy_distance',
-  'true_energy_distance', *experiment.ACCURACIES,
-)  # fmt: skip
-# What sets the number of evaluations, and so is no line of its own over NFE.
-_COST = ('num_steps', 'rtol', 'atol', 'sde_rtol', 'sde_atol')
-OF_SAMPLE = ('num_samples', 'frames')  # Of --mode sample only.
+# Options of --mode sample only; other results do not depend on them.
+OF_SAMPLE = ('num_samples', 'frames')
+
+
+def metrics(results):
+  """Return the names of all metrics in the results, in order of appearance.
+
+  The metric 'true_X', which is X for true data in place of samples, follows X.
+  """
+  order = {}
+  for result in results:
+    for name, value in result.items():
+      if isinstance(value, dict) and 'value' in value:
+        order.setdefault(name, len(order))
+  place = lambda name: order.get(name.removeprefix('true_'), order[name])
+  return sorted(order, key=lambda name: (place(name), len(name)))
 
 
 def _settings(result):
-  """What may tell results of one checkpoint apart."""
+  """Return the settings in which results of one checkpoint can differ."""
   settings = {
     k: v for k, v in result.get('sampler', {}).items() if k not in OF_SAMPLE
   }
@@ -32,7 +46,7 @@ def _settings(result):
 
 
 def _labels(results, leave_out=()):
-  """A text for each result: the settings in which results differ."""
+  """Return a text for each result: the settings in which results differ."""
   all_settings = [_settings(result) for result in results]
   keys = dict.fromkeys(key for settings in all_settings for key in settings)
   vary = [
@@ -52,6 +66,7 @@ def _labels(results, leave_out=()):
 
 
 def _show(metric):
+  """Return a metric as text, with its errors."""
   if metric['value'] is None:
     return 'n/a'
   error, probes = metric.get('std_error'), metric.get('probe_error')
@@ -60,13 +75,12 @@ def _show(metric):
 
 
 def table(results):
-  """Results as lines of text: a row each, and why some numbers are missing.
+  """Return results as text: a row for each, then the notes of the metrics.
 
-  Args:
-    results: dicts with 'step' or 'images', and where measured 'nfe', 'count'
-      and, by name, metrics {'value', 'std_error', 'note', ..}.
+  Settings are shown if results differ in them. Columns without content are left
+  out.
   """
-  names = [name for name in METRICS if any(name in r for r in results)]
+  names = metrics(results)
   head = ['of', 'settings', 'NFE', 'N', *names]
   rows = [
     [
@@ -79,9 +93,7 @@ def table(results):
     for result, label in zip(results, _labels(results), strict=True)
   ]
   columns = [
-    column
-    for column in zip(head, *rows, strict=True)
-    if any(column[1:])  # Not one in which there is nothing.
+    column for column in zip(head, *rows, strict=True) if any(column[1:])
   ]
   widths = [max(map(len, column)) for column in columns]
   lines = [
@@ -97,50 +109,62 @@ def table(results):
   return '\n'.join(line.rstrip() for line in lines)
 
 
-def save_results(folder, results):
-  """Prints results; writes results.json, .txt (the table) and .png (curves)."""
+def save_results(folder, results, cost=()):
+  """Print results; write results.json, .txt (the table) and .png (curves).
+
+  Args:
+    folder: folder for the files.
+    results: results with a 'step'; they are sorted by it.
+    cost: see `save_curves`.
+  """
   folder = pathlib.Path(folder)
   order = lambda r: (r['step'], r.get('nfe', 0), r.get('count', 0))
   results = sorted(results, key=order)
   say(table(results))
-  text = json.dumps(results, indent=1) + '\n'
-  write_text(folder / 'results.json', text)
+  write_json(folder / 'results.json', results)
   write_text(folder / 'results.txt', table(results) + '\n')
-  save_curves(folder / 'results.png', results, METRICS)
+  save_curves(folder / 'results.png', results, metrics(results), cost)
   say(f'All results are in {folder}/results.json, .txt and .png.')
 
 
-def save_curves(path, results, names):
-  """Plots metrics against step, and the FID against NFE, as one PNG.
+def _lines(results, labels, x, name):
+  """Return {label: [(x, value, error)]} of a metric that results have."""
+  found = {}
+  for result, label in zip(results, labels, strict=True):
+    metric = result.get(name, {})
+    if x in result and metric.get('value') is not None:
+      point = result[x], metric['value'], metric.get('std_error') or 0
+      found.setdefault(label, []).append(point)
+  return found
 
-  Results that differ in more than the axis, as by their sampler, are lines of
-  their own, named by what they differ in.
+
+def save_curves(path, results, names, cost=()):
+  """Plot metrics against the step, and the FID against the NFE, as one PNG.
+
+  Results that differ in more than the horizontal axis, such as the sampler, are
+  lines of their own, labelled with what they differ in. Nothing is written if
+  there is nothing to plot.
 
   Args:
-    path: of the picture.
-    results: see `table`.
-    names: of metrics, a panel each if any result has it.
+    path: path of the PNG.
+    results: results with a 'step'.
+    names: names of the metrics, each of which gets a panel if a result has it.
+    cost: names of the sampler's options that only set the number of score
+      evaluations. Results that differ in these alone are one line over the NFE.
   """
-
   over_steps = _labels(results)
   steps = {result['step'] for result in results}
   over_nfe = [
     ', '.join(filter(None, [label, f'step {r["step"]}' * (len(steps) > 1)]))
-    for r, label in zip(results, _labels(results, _COST), strict=True)
+    for r, label in zip(results, _labels(results, cost), strict=True)
   ]
-
-  def lines(x, name, labels):
-    """{label: [(x, value, error)]}."""
-    found = {}
-    for result, label in zip(results, labels, strict=True):
-      metric = result.get(name, {})
-      if x in result and metric.get('value') is not None:
-        point = result[x], metric['value'], metric.get('std_error') or 0
-        found.setdefault(label, []).append(point)
-    return found
-
-  panels = [('step', name, lines('step', name, over_steps)) for name in names]
-  panels.append(('nfe', 'fid', lines('nfe', 'fid', over_nfe)))
+  panels = [
+    *(
+      ('step', name, _lines(results, over_steps, 'step', name))
+      for name in names
+    ),
+    ('nfe', 'fid', _lines(results, over_nfe, 'nfe', 'fid')),
+  ]
   panels = [panel for panel in panels if panel[2]]
   if not panels:
     return

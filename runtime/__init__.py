@@ -1,0 +1,1 @@
+"""Options, files, devices and progress: nothing about score models."""

@@ -4,22 +4,30 @@ import math
 import typing
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 
 class Layout(typing.NamedTuple):
-  """Where arrays live."""
+  """Shardings over the mesh of all devices, by the axis that they split.
 
-  replicated: NamedSharding  # The same on every device.
-  split: NamedSharding  # Axis 0 split: [B, ...].
-  one_step: NamedSharding  # Axis 1 split: [parts, B, ...].
-  microbatches: NamedSharding  # Axis 2 split: [steps, parts, B, ...].
+  Attributes:
+    replicated: every device holds the whole array.
+    split: axis 0 is split, for arrays [B, ...].
+    one_step: axis 1 is split, for arrays [parts, B, ...].
+    microbatches: axis 2 is split, for arrays [steps, parts, B, ...].
+  """
+
+  replicated: NamedSharding
+  split: NamedSharding
+  one_step: NamedSharding
+  microbatches: NamedSharding
 
 
-def make_layout():
-  """The 1-D mesh of all devices of all hosts, and the shardings over it."""
+def make_layout() -> Layout:
+  """Return the shardings over the 1-D mesh of all devices of all hosts."""
   mesh = jax.make_mesh((jax.device_count(),), ('data',), (AxisType.Auto,))
   return Layout(
     NamedSharding(mesh, P()),
@@ -30,25 +38,49 @@ def make_layout():
 
 
 def check_divisible(batch_size, key):
-  """Raises a ValueError unless the batch divides by the devices."""
+  """Raise ValueError unless the devices divide the batch evenly.
+
+  Args:
+    batch_size: number of examples in a batch, over all hosts.
+    key: name of the option that sets it, for the error message.
+  """
   devices = jax.device_count()
   if batch_size % devices:
     better = math.ceil(batch_size / devices) * devices
     raise ValueError(
-      f'{key}={batch_size} does not divide by the {devices} devices: '
-      f'use {better}, say.'
+      f'{key}={batch_size} does not divide by the {devices} devices: use '
+      f'{better}, say.'
     )
 
 
 def to_global(sharding, local):
-  """Global arrays of which this host holds `local`, a pytree of numpy's."""
+  """Return global arrays, of which each host passes its own part.
+
+  Args:
+    sharding: sharding of the global arrays.
+    local: pytree of numpy arrays, the part of this host.
+  """
   return jax.tree.map(
     lambda v: jax.make_array_from_process_local_data(sharding, v), local
   )
 
 
+def local_rows(array) -> np.ndarray:
+  """Return the rows of this host of an array that is split along axis 0."""
+  shards = {s.index[0].start or 0: s.data for s in array.addressable_shards}
+  return np.concatenate([np.asarray(shards[k]) for k in sorted(shards)])
+
+
 def replicated(like, layout):
-  """Shapes and dtypes, to be restored onto every device."""
+  """Return shapes and dtypes that are restored onto every device.
+
+  Args:
+    like: pytree of arrays, or of shapes and dtypes.
+    layout: see `make_layout`.
+
+  Returns:
+    The pytree with a `jax.ShapeDtypeStruct` in place of each leaf.
+  """
   return jax.tree.map(
     lambda v: jax.ShapeDtypeStruct(
       v.shape, v.dtype, sharding=layout.replicated
@@ -57,7 +89,15 @@ def replicated(like, layout):
   )
 
 
+def all_hosts(flag) -> bool:
+  """Return whether the flag is true on every host; all hosts must call it."""
+  flags = np.asarray(flag)
+  if jax.process_count() > 1:
+    flags = multihost_utils.process_allgather(flags)
+  return bool(np.all(flags))
+
+
 def barrier(name):
-  """Waits until every host is here."""
+  """Wait until every host has called this with the same name."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)

@@ -153,9 +153,9 @@ def problem(declared_as: Option, value) -> str:
   o, default = declared_as, f'the default is {declared_as.default!r}.'
   choices = o.table if o.table is not None else o.choices
   if choices:
-    return (
-      '' if value in choices else f'is unknown: {suggestion(value, choices)}'
-    )
+    if isinstance(value, collections.abc.Hashable) and value in choices:
+      return ''
+    return f'is unknown: {suggestion(value, choices)}'
   if not _fits(value, o.type):
     return f'is not of type {type_name(o.type)}; {default}'
   for v in value if isinstance(value, (tuple, list)) else [value]:

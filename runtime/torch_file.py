@@ -1,15 +1,15 @@
-"""Reads the files that `torch.save` and `torch.jit.save` write, without torch.
+"""Read the files of `torch.save` and `torch.jit.save` without torch.
 
-Both hold a pickle: a small program that, run by Python's own unpickler, may
-call anything. Here that program is never run. `pickletools` splits it into
-instructions, and the loop below carries out the few that torch writes:
-constants, containers, and the handful of constructors in `_CONSTRUCTORS`,
-each of them a function of this file. A name outside that table ends the
-reading, so a hostile file has nothing to call.
+Both contain a pickle, which is a small program. Python's own unpickler runs it,
+and then it can call any function. This module never runs it. `pickletools`
+splits it into instructions, and `_interpret` carries out the few that torch
+writes: constants, containers, and the constructors of the table
+`_CONSTRUCTORS`, all of which are functions of this file. A name that is not in
+the table is refused, so a hostile file cannot call anything.
 
-Three layouts are known: the zip archive that torch >= 1.6 writes, the
-single stream written before that, and TorchScript archives, whose objects
-become dictionaries of their attributes.
+Three layouts can be read: the zip archive that torch >= 1.6 writes, the single
+stream that earlier versions wrote, and TorchScript archives, whose objects
+become dicts of their attributes.
 """
 
 import dataclasses
@@ -41,27 +41,27 @@ _LEGACY_PROTOCOL = 1001
 
 @dataclasses.dataclass(frozen=True)
 class _Global:
-  """A name in the file, 'module.name'. It is never imported."""
+  """A name in the file, 'module.name', which is never imported."""
 
   name: str
 
 
 class _Object(dict):
-  """Attributes of a TorchScript object."""
+  """The attributes of a TorchScript object."""
 
 
 def load(file: str | os.PathLike | BinaryIO) -> Any:
-  """Returns the nested dicts, lists and tuples of a torch file.
+  """Return the nested dicts, lists and tuples of a torch file.
 
-  Tensors become numpy arrays (bfloat16 ones of ml_dtypes' type).
+  Tensors become numpy arrays; bfloat16 has the dtype of ml_dtypes.
 
   Args:
     file: a path, or a seekable binary stream.
 
   Raises:
     FileNotFoundError: there is no such file.
-    ValueError: the file is damaged, is no torch file, or names something
-      beyond tensors, numbers, strings and containers.
+    ValueError: the file is damaged, is no torch file, or contains anything but
+      tensors, numbers, strings and containers.
   """
   if not hasattr(file, 'read'):
     with open(file, 'rb') as stream:
@@ -72,7 +72,7 @@ def load(file: str | os.PathLike | BinaryIO) -> Any:
       return _load_zip(file)
     file.seek(0)
     return _load_legacy(file)
-  except Exception as error:  # What a damaged file trips over is unforeseeable.
+  except Exception as error:  # A damaged file can raise nearly any type.
     raise ValueError(
       f'{label} cannot be read as a PyTorch file: '
       f'{str(error) or type(error).__name__}.'
@@ -80,7 +80,7 @@ def load(file: str | os.PathLike | BinaryIO) -> Any:
 
 
 def _load_zip(stream: BinaryIO) -> Any:
-  """Zip archive: ROOT/data.pkl, and one ROOT/data/KEY for each storage."""
+  """Read a zip archive: ROOT/data.pkl, and ROOT/data/KEY for each storage."""
   archive = zipfile.ZipFile(stream)
   names = archive.namelist()
   roots = [n.removesuffix('data.pkl') for n in names if n.endswith('data.pkl')]
@@ -94,7 +94,7 @@ def _load_zip(stream: BinaryIO) -> Any:
   def storage(dtype, key, size):
     if key not in storages:
       info = archive.getinfo(f'{root}data/{key}')
-      # Declared sizes bound what is read: no bombs.
+      # Without compression, a storage is not larger than the file.
       if info.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f'storage {key} is compressed')
       storages[key] = archive.read(info)
@@ -104,16 +104,16 @@ def _load_zip(stream: BinaryIO) -> Any:
 
 
 def _load_legacy(stream: BinaryIO) -> Any:
-  """One stream: header, object, storage keys, then the storages' bytes."""
+  """Read one stream: header, object, storage keys, bytes of the storages."""
   limit = stream.seek(0, os.SEEK_END)
   stream.seek(0)
   if stream.read(1) != b'\x80':
-    raise ValueError('it starts like no file of torch.save')
+    raise ValueError('it does not start like a file of torch.save')
   stream.seek(0)
   storages = {}
 
   def storage(dtype, key, size):
-    # The bytes come later in the stream: tensors are views on these arrays,
+    # The bytes come later in the stream. Tensors are views of these arrays,
     # which are filled at the end.
     if size * dtype.itemsize > limit:
       raise ValueError(f'storage {key} is larger than the file')
@@ -124,7 +124,7 @@ def _load_legacy(stream: BinaryIO) -> Any:
     return storages[key]
 
   if _interpret(stream, storage) != _LEGACY_MAGIC:
-    raise ValueError('it starts like no file of torch.save')
+    raise ValueError('it does not start like a file of torch.save')
   if _interpret(stream, storage) != _LEGACY_PROTOCOL:
     raise ValueError('it has an unknown protocol version')
   if not _interpret(stream, storage)['little_endian']:
@@ -144,7 +144,7 @@ def _load_legacy(stream: BinaryIO) -> Any:
 
 
 def _tensor(storage, offset, size, stride, *unused) -> np.ndarray:
-  """A view of `storage` with torch's strides, counted in elements."""
+  """Return a view of a storage; strides are counted in elements."""
   last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
   if min(offset, *size, *stride, 0) < 0:
     raise ValueError('a tensor has a negative size or stride')
@@ -161,7 +161,7 @@ def _tensor(storage, offset, size, stride, *unused) -> np.ndarray:
 
 
 def _number_type(name: str, *unused) -> np.dtype:
-  """A numpy type of plain little-endian numbers (never of objects)."""
+  """Return a numpy type of plain little-endian numbers, never of objects."""
   dtype = np.dtype(name)
   if dtype.kind not in 'fiub':
     raise ValueError(f'it has numbers of type {name}, which is refused')
@@ -169,14 +169,14 @@ def _number_type(name: str, *unused) -> np.dtype:
 
 
 def _scalar(dtype: np.dtype, data: bytes) -> np.generic:
-  """A numpy number, such as the learning rate in an optimizer's state."""
+  """Return a numpy number, such as the learning rate of an optimizer."""
   return np.frombuffer(data, dtype, 1)[0]
 
 
 _first = lambda value, *unused: value
 _latin1 = lambda text, *unused: text.encode('latin1')
 _CONSTRUCTORS = {
-  '_codecs.encode': _latin1,  # How bytes are written.
+  '_codecs.encode': _latin1,  # Old protocols write bytes as this call.
   'collections.OrderedDict': dict,
   'numpy.dtype': _number_type,
   'numpy._core.multiarray.scalar': _scalar,
@@ -191,104 +191,132 @@ _CONSTRUCTORS = {
   'torch.jit._pickle.build_tensorlist': _first,
   'torch.jit._pickle.restore_type_tag': _first,
 }
-_LITERALS = {
-  *('BININT', 'BININT1', 'BININT2', 'LONG1', 'LONG4', 'INT', 'LONG'),
-  *('BINFLOAT', 'FLOAT', 'BINSTRING', 'SHORT_BINSTRING', 'STRING'),
-  *('BINUNICODE', 'SHORT_BINUNICODE', 'UNICODE', 'SHORT_BINBYTES'),
-}
-_EMPTY = {
-  'NONE': lambda: None,
-  'NEWTRUE': lambda: True,
-  'NEWFALSE': lambda: False,
-  'EMPTY_DICT': dict,
-  'EMPTY_LIST': list,
-  'EMPTY_TUPLE': tuple,
-}
-_TUPLES = {'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3}
 
 
-def _construct(function: Any, arguments: tuple) -> Any:
-  """What a call in the file stands for, for the calls that we know."""
-  if not isinstance(function, _Global):
-    raise ValueError('it calls something that is not a name')
-  if function.name.startswith('__torch__.'):
-    return _Object()
-  if function.name not in _CONSTRUCTORS:
-    raise ValueError(f'it asks for {function.name}, which is refused')
-  return _CONSTRUCTORS[function.name](*arguments)
+class _Machine:
+  """The stack, marks and memo of a pickle, and its instructions.
+
+  Attributes:
+    storage: (dtype, key, size) -> flat array of that many elements.
+  """
+
+  def __init__(self, storage):
+    self.stack, self.marks, self.memo = [], [], {}
+    self.storage = storage
+
+  def push(self, value):
+    self.stack.append(value)
+
+  def pop(self, count):
+    """Remove and return the last objects of the stack, a list."""
+    start = len(self.stack) - count
+    # Only a damaged pickle takes objects from below the latest mark.
+    if count < 0 or start < (self.marks[-1] if self.marks else 0):
+      raise ValueError('its pickle takes objects that are not there')
+    items = self.stack[start:]
+    del self.stack[start:]
+    return items
+
+  def pop_mark(self):
+    """Remove and return the objects after the latest mark, a list."""
+    return self.pop(len(self.stack) - self.marks.pop())
+
+  def remember(self, key):
+    self.memo[key] = self.stack[-1]
+
+  def extend(self, items):
+    self.stack[-1].extend(items)
+
+  def update(self, items):
+    self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
+
+  def construct(self):
+    """Replace a function and its arguments by the object of an allowed call."""
+    function, arguments = self.pop(2)
+    if not isinstance(function, _Global):
+      raise ValueError('it calls something that is not a name')
+    if function.name.startswith('__torch__.'):
+      return self.push(_Object())
+    if function.name not in _CONSTRUCTORS:
+      raise ValueError(f'it asks for {function.name}, which is refused')
+    return self.push(_CONSTRUCTORS[function.name](*arguments))
+
+  def build(self):
+    """Set the attributes of an object."""
+    (state,) = self.pop(1)
+    if isinstance(self.stack[-1], _Object):
+      self.stack[-1].update(state)
+    # Attributes of a dict (_metadata of a state_dict) and of the type of a
+    # number are ignored.
+    elif not isinstance(self.stack[-1], dict | np.dtype):
+      raise ValueError('it sets the state of an unknown object')
+
+  def load_storage(self):
+    """Replace the description of a storage by its array."""
+    kind, dtype, key, _, size, *view = self.pop(1)[0]
+    if kind != 'storage' or dtype.name not in _DTYPES or any(view):
+      raise ValueError(f'it refers to an unknown kind of data: {kind}')
+    self.push(self.storage(_DTYPES[dtype.name], key, size))
+
+
+def _instructions():
+  """Return {name: function of (machine, value)} of the known instructions."""
+  table = {
+    'PROTO FRAME': lambda m, v: None,
+    'MARK': lambda m, v: m.marks.append(len(m.stack)),
+    'BINPUT LONG_BINPUT PUT': lambda m, v: m.remember(v),
+    'MEMOIZE': lambda m, v: m.remember(len(m.memo)),
+    'BINGET LONG_BINGET GET': lambda m, v: m.push(m.memo[v]),
+    # Constants.
+    'BININT BININT1 BININT2 LONG1 LONG4 INT LONG': _Machine.push,
+    'BINFLOAT FLOAT BINSTRING SHORT_BINSTRING STRING': _Machine.push,
+    'BINUNICODE SHORT_BINUNICODE UNICODE SHORT_BINBYTES': _Machine.push,
+    'NONE': lambda m, v: m.push(None),
+    'NEWTRUE': lambda m, v: m.push(True),
+    'NEWFALSE': lambda m, v: m.push(False),
+    # Containers.
+    'EMPTY_DICT': lambda m, v: m.push({}),
+    'EMPTY_LIST': lambda m, v: m.push([]),
+    'EMPTY_TUPLE': lambda m, v: m.push(()),
+    'TUPLE1': lambda m, v: m.push(tuple(m.pop(1))),
+    'TUPLE2': lambda m, v: m.push(tuple(m.pop(2))),
+    'TUPLE3': lambda m, v: m.push(tuple(m.pop(3))),
+    'TUPLE': lambda m, v: m.push(tuple(m.pop_mark())),
+    'LIST': lambda m, v: m.push(list(m.pop_mark())),
+    'APPEND': lambda m, v: m.extend(m.pop(1)),
+    'APPENDS': lambda m, v: m.extend(m.pop_mark()),
+    'SETITEM': lambda m, v: m.update(m.pop(2)),
+    'SETITEMS': lambda m, v: m.update(m.pop_mark()),
+    # Names, calls, and data outside of the pickle.
+    'GLOBAL': lambda m, v: m.push(_Global(v.replace(' ', '.'))),
+    'STACK_GLOBAL': lambda m, v: m.push(_Global('.'.join(m.pop(2)))),
+    'REDUCE NEWOBJ': lambda m, v: m.construct(),
+    'BUILD': lambda m, v: m.build(),
+    'BINPERSID': lambda m, v: m.load_storage(),
+  }
+  return {name: call for names, call in table.items() for name in names.split()}
+
+
+_INSTRUCTIONS = _instructions()
 
 
 def _interpret(stream: BinaryIO, storage) -> Any:
-  """Carries out one pickle's instructions; leaves `stream` after its end.
+  """Carry out the instructions of one pickle, and return its object.
 
   Args:
-    stream: where the pickle starts.
+    stream: binary stream at the start of the pickle; it is left at the end.
     storage: (dtype, key, size) -> flat array of that many elements.
   """
-  stack, marks, memo = [], [], {}
-
-  def pop(count):
-    # Never beneath the latest mark; a pickle that tries is damaged.
-    if count < 0 or len(stack) - count < (marks[-1] if marks else 0):
-      raise ValueError('its pickle takes more than it put')
-    items = stack[len(stack) - count :]
-    del stack[len(stack) - count :]
-    return items
-
-  def pop_mark():
-    return pop(len(stack) - marks.pop())
-
+  machine = _Machine(storage)
   for instruction, value, _ in pickletools.genops(stream):
-    op = instruction.name
-    if op in _LITERALS:
-      stack.append(value)
-    elif op in _EMPTY:
-      stack.append(_EMPTY[op]())
-    elif op in ('PROTO', 'FRAME'):
-      pass
-    elif op == 'MARK':
-      marks.append(len(stack))
-    elif op in ('BINPUT', 'LONG_BINPUT', 'PUT'):
-      memo[value] = stack[-1]
-    elif op == 'MEMOIZE':
-      memo[len(memo)] = stack[-1]
-    elif op in ('BINGET', 'LONG_BINGET', 'GET'):
-      stack.append(memo[value])
-    elif op in _TUPLES:
-      stack.append(tuple(pop(_TUPLES[op])))
-    elif op == 'TUPLE':
-      stack.append(tuple(pop_mark()))
-    elif op == 'LIST':
-      stack.append(list(pop_mark()))
-    elif op in ('APPEND', 'APPENDS'):
-      items = pop(1) if op == 'APPEND' else pop_mark()
-      stack[-1].extend(items)
-    elif op in ('SETITEM', 'SETITEMS'):
-      items = pop(2) if op == 'SETITEM' else pop_mark()
-      stack[-1].update(zip(items[::2], items[1::2], strict=True))
-    elif op == 'GLOBAL':
-      stack.append(_Global(value.replace(' ', '.')))
-    elif op == 'STACK_GLOBAL':
-      stack.append(_Global('.'.join(pop(2))))
-    elif op in ('REDUCE', 'NEWOBJ'):
-      stack.append(_construct(*pop(2)))
-    elif op == 'BUILD':
-      (state,) = pop(1)
-      if isinstance(stack[-1], _Object):
-        stack[-1].update(state)
-      # Attributes of a dict (a state_dict's _metadata) and of a number's type
-      # are left out.
-      elif not isinstance(stack[-1], dict | np.dtype):
-        raise ValueError('it sets the state of an unknown object')
-    elif op == 'BINPERSID':
-      kind, dtype, key, _, size, *view = pop(1)[0]
-      if kind != 'storage' or dtype.name not in _DTYPES or any(view):
-        raise ValueError(f'it refers to an unknown kind of data: {kind}')
-      stack.append(storage(_DTYPES[dtype.name], key, size))
-    elif op == 'STOP':
-      if len(stack) != 1 or marks:
+    name = instruction.name
+    if name == 'STOP':
+      if len(machine.stack) != 1 or machine.marks:
         raise ValueError('its pickle does not end in one object')
-      return stack[0]
-    else:
-      raise ValueError(f'its pickle has the instruction {op}, which is refused')
+      return machine.stack[0]
+    if name not in _INSTRUCTIONS:
+      raise ValueError(
+        f'its pickle has the instruction {name}, which is refused'
+      )
+    _INSTRUCTIONS[name](machine, value)
   raise ValueError('its pickle has no end')

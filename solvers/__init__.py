@@ -1,0 +1,1 @@
+"""Samplers: predictors, grids, fast solvers, ODE and SDE solvers, Langevin."""

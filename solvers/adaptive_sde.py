@@ -1,43 +1,62 @@
-"""An adaptive solver of reverse-time SDEs, on the device.
+"""Adaptive solver of reverse-time SDEs, on the device.
 
 Jolicoeur-Martineau et al. 2021, "Gotta Go Fast When Generating Data with
-Score-Based Models" (arXiv 2105.14080), Algorithm 1, but for one thing. There a
-rejected step is tried again with new noise, so noise that happens to cancel the
-drift is kept more often; in few dimensions variances come out twice too large,
-however small the tolerance. Here the Brownian path is fixed beforehand, and a
-shorter step sees the same path.
+Score-Based Models" (arXiv 2105.14080), Algorithm 1, with one difference. Their
+algorithm repeats a rejected step with new noise, so noise that happens to
+cancel the drift is kept more often; in few dimensions the variances become
+twice too large, however small the tolerance is. Here the Brownian path is fixed
+in advance, and a shorter step uses the same path.
 """
 
+import dataclasses
 import typing
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, Real
 
+from runtime.options import option
 from sde_lib import expand
+from solvers import base
 
 
 class SdeSolution(typing.NamedTuple):
-  """y: the state at t1; nfe: drift evaluations; success: whether t1 was reached
-  with a finite state and within the allowed number of steps."""
+  """Solution of an SDE.
 
-  y: jax.Array
-  nfe: jax.Array
-  success: jax.Array
+  Attributes:
+    y: state at t1, [B, ...].
+    nfe: number of drift evaluations.
+    success: whether t1 was reached with a finite state and within the allowed
+      number of steps.
+  """
+
+  y: Float[Array, ' B *dims']
+  nfe: Int[Array, '']
+  success: Bool[Array, '']
 
 
 # First step size; r and theta of the paper's step control.
 _FIRST, _EXPONENT, _SAFETY = 0.01, 0.9, 0.9
 
 
-# The path is linear over 2^-24: about what float32 resolves at t = 1.
+# The path is linear over 2^-24, which is about what float32 resolves at t = 1.
 _LEVELS = 24
 
 
-def brownian_path(rng, t, shape):
-  """w(t) of the Brownian motion on [0, 1] that a key fixes, for a scalar t.
+def brownian_path(
+  rng: base.Rng, t: Float[Array, ''], shape: Sequence[int]
+) -> Float[Array, '...']:
+  """Return w(t) of the Brownian motion on [0, 1] that belongs to a key.
 
-  By bridges from one half to the next (the virtual Brownian tree of Li et al.
-  2020, arXiv 2001.01328, Algorithm 3).
+  The path is refined by bridges, halving by halving (the virtual Brownian tree
+  of Li et al. 2020, arXiv 2001.01328, Algorithm 3).
+
+  Args:
+    rng: key of the path.
+    t: time in [0, 1].
+    shape: shape of w(t).
   """
 
   def halve(level, interval):
@@ -60,49 +79,61 @@ def brownian_path(rng, t, shape):
   return w_low + (t - low) * 2.0**_LEVELS * (w_high - w_low)
 
 
+def _increments(drift, diffusion, x, t, t_next, dw):
+  """Return the increments of improved Euler and of Euler-Maruyama."""
+
+  def stage(j, increments):
+    k, _ = increments
+    at = jnp.where(j, t_next, t)
+    drifted = expand(t_next - t, x) * drift(x + k, at)
+    return drifted + expand(diffusion(at), x) * dw, k
+
+  zero = jnp.zeros_like(x)
+  k2, k1 = jax.lax.fori_loop(0, 2, stage, (zero, zero))
+  return 0.5 * (k1 + k2), k1
+
+
 def solve_sde(
-  rng, drift, diffusion, x, t0, t1, *, rtol, atol, max_steps=10_000
+  rng: base.Rng,
+  drift: Callable,
+  diffusion: Callable,
+  x: base.State,
+  t0: Real[ArrayLike, ''],
+  t1: Real[ArrayLike, ''],
+  *,
+  rtol: Real[ArrayLike, ''],
+  atol: Real[ArrayLike, ''],
+  max_steps: int = 10_000,
 ) -> SdeSolution:
-  """Solves dx = drift dt + diffusion dw backwards from t0 to t1 < t0.
+  """Solve dx = drift dt + diffusion dw backwards from t0 to t1 < t0.
 
   A step compares Euler-Maruyama's x' with the stochastic improved Euler's x'',
-  which has the same noise, and goes on from x''. Every example has steps of its
-  own; the batch runs until the last one has arrived.
+  which has the same noise, and continues from x''. Every example has its own
+  steps; the batch runs until the last example has arrived.
 
   Args:
     rng: key.
-    drift: drift(x, t), t [B], shaped as x.
+    drift: drift(x, t) for t [B], shaped as x.
     diffusion: diffusion(t), shaped as t.
-    x: the state at t0, [B, ...].
+    x: state at t0, [B, ...].
     t0, t1: start and end, scalars.
-    rtol, atol: tolerances of the difference, the latter in units of x. The
-      paper takes 0.01 to 0.05, and one grey level.
-    max_steps: attempted steps after which success is False.
+    rtol, atol: tolerances of the difference, atol in units of x. The paper
+      uses 0.01 to 0.05, and one grey level.
+    max_steps: number of attempted steps after which success is False.
   """
-  tiny = jnp.finfo(x.dtype).eps  # A smaller step would not move t.
+  tiny = jnp.finfo(x.dtype).eps  # A smaller step would not change t.
 
   def path(t):
     keys = jax.random.split(rng, len(x))
     return jax.vmap(lambda k, t: brownian_path(k, t, x.shape[1:]))(keys, t)
 
-  def increments(x, t, t_next, dw):
-    """Those of both solutions: x'' - x and x' - x."""
-
-    def stage(j, increments):
-      k, _ = increments
-      at = jnp.where(j, t_next, t)
-      drifted = expand(t_next - t, x) * drift(x + k, at)
-      return drifted + expand(diffusion(at), x) * dw, k
-
-    zero = jnp.zeros_like(x)
-    k2, k1 = jax.lax.fori_loop(0, 2, stage, (zero, zero))
-    return 0.5 * (k1 + k2), k1
-
   def attempt(carry):
     x, x_prev, w, t, h, steps = carry
     t_next = jnp.where(h >= t - t1, t1, t - h)
     w_next = path(t_next)
-    k_improved, k_euler = increments(x, t, t_next, w_next - w)
+    k_improved, k_euler = _increments(
+      drift, diffusion, x, t, t_next, w_next - w
+    )
     x_euler = x + k_euler
     scale = jnp.maximum(jnp.abs(x_euler), jnp.abs(x_prev))
     scale = jnp.maximum(atol, rtol * scale)
@@ -113,7 +144,7 @@ def solve_sde(
     x, x_prev = choose(x + k_improved, x), choose(x_euler, x_prev)
     w, t = choose(w_next, w), choose(t_next, t)
     factor = _SAFETY * jnp.maximum(error, tiny) ** -_EXPONENT
-    # A NaN error rejects, too, and shrinks the step.
+    # A NaN error rejects the step as well, and shrinks it.
     h = jnp.where(jnp.isfinite(factor), factor, 0.1) * h
     return x, x_prev, w, t, jnp.minimum(h, t - t1), steps + 1
 
@@ -128,3 +159,53 @@ def solve_sde(
   x, _, _, t, _, steps = jax.lax.while_loop(unfinished, attempt, start)
   success = jnp.all(t == t1) & jnp.all(jnp.isfinite(x))
   return SdeSolution(x, 2 * steps, success)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaptiveSDE(base.BaseSampler):
+  """Reverse-time SDE from t = 1 to eps, each example with adaptive steps.
+
+  Example:
+    >>> AdaptiveSDE(sde_rtol=0.05).sde_atol * 256
+    1.0
+  """
+
+  continuous = True
+
+  sde_rtol: float = option(
+    0.02,
+    'Relative tolerance of adaptive SDE steps.',
+    '(0, inf)',
+    marks=('samples', 'cost'),
+  )
+  sde_atol: float = option(
+    1 / 256,
+    'Absolute tolerance of adaptive SDE steps, for data in [0, 1]; 1/256 is '
+    'one grey level.',
+    '(0, inf)',
+    marks=('samples', 'cost'),
+  )
+  data_width: float = option(
+    1.0,
+    "Width of the model's range: 1 for data in [0, 1], 2 for [-1, 1].",
+    '(0, inf)',
+    given=True,
+  )
+
+  def _sample(self, rng, score_fn, sde, z, frames):
+    def drift(x, t):
+      return sde.reverse_drift(x, t, score_fn(x, t))
+
+    def solve(i, x, t, t_next):
+      return solve_sde(
+        jax.random.fold_in(rng, i),
+        drift,
+        lambda t: sde.coefficients(t)[1],
+        x,
+        t,
+        t_next,
+        rtol=self.sde_rtol,
+        atol=self.sde_atol * self.data_width,
+      )
+
+    return base.scan_stretches(solve, self, score_fn, sde, z, frames)

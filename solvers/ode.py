@@ -1,27 +1,41 @@
-"""An adaptive solver of ordinary differential equations, on the device.
+r"""Adaptive solver of ordinary differential equations, on the device.
 
-Inside `jax.jit` it serves samplers, likelihoods and latent codes alike.
+`solve_ode` runs inside `jax.jit`; samplers, likelihoods and latent codes use
+it. The sampler `ODE` solves the probability-flow ODE (Eq. 13) with it.
 """
 
+import dataclasses
 import functools
 import typing
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Int, PyTree, Real
+
+from runtime.options import option
+from solvers import base
 
 
 class OdeSolution(typing.NamedTuple):
-  """y: the state at t1; nfe: drift evaluations; success: whether t1 was reached
-  with a finite state and within the allowed number of steps."""
+  """Solution of an ODE.
 
-  y: typing.Any
-  nfe: jax.Array
-  success: jax.Array
+  Attributes:
+    y: state at t1.
+    nfe: number of drift evaluations.
+    success: whether t1 was reached with a finite state and within the allowed
+      number of steps.
+  """
+
+  y: PyTree
+  nfe: Int[Array, '']
+  success: Bool[Array, '']
 
 
 # Dormand & Prince (1980): nodes, stages (the last row is the fifth-order
-# solution) and the difference of that to the fourth-order one.
+# solution) and the difference between that and the fourth-order solution.
 _NODES = np.array([1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1], np.float32)
 _STAGES = np.array(
   [
@@ -42,7 +56,7 @@ _SAFETY, _MIN_FACTOR, _MAX_FACTOR = 0.9, 0.2, 10.0
 
 
 def combine(weights, slopes):
-  """sum_i weights_i slopes_i, for a pytree of arrays stacked along axis 0."""
+  """Return sum_i weights_i slopes_i, for a pytree stacked along axis 0."""
   contract = functools.partial(
     jnp.tensordot, weights, axes=1, precision=jax.lax.Precision.HIGHEST
   )
@@ -50,33 +64,88 @@ def combine(weights, slopes):
 
 
 def _axpy(h, x, y):
-  """y + h x, for pytrees."""
+  """Return y + h x for pytrees."""
   return jax.tree.map(lambda x, y: y + h * x, x, y)
 
 
 def _rms(tree, scale):
-  """Root mean square over all numbers of tree / scale."""
+  """Return the root mean square over all numbers of tree / scale."""
   leaves = jax.tree.leaves(jax.tree.map(lambda v, s: (v / s) ** 2, tree, scale))
   total = sum(jnp.sum(v) for v in leaves)
   return jnp.sqrt(total / sum(v.size for v in leaves))
 
 
+def _first_step(drift, y0, t0, t1, scale):
+  """Return (slope at y0, size of the first step) (Hairer et al., II.4)."""
+  direction = jnp.sign(t1 - t0)
+
+  def explore(_, carry):
+    """Make Euler's step of size h along the slope k; find the slope there."""
+    _, k, _, h = carry
+    k_next = drift(t0 + direction * h, _axpy(direction * h, k, y0))
+    d0, d1 = _rms(y0, scale), _rms(k_next, scale)
+    tiny = (d0 < 1e-5) | (d1 < 1e-5)
+    h_next = jnp.where(tiny, 1e-6, 0.01 * d0 / d1)
+    return k, k_next, h, jnp.minimum(h_next, jnp.abs(t1 - t0))
+
+  # The slope k0 at y0, and k1 after a trial step of size h0. A loop, so that
+  # the drift is compiled once for both.
+  zero = jax.tree.map(jnp.zeros_like, y0)
+  k0, k1, h0, _ = jax.lax.fori_loop(
+    0, 2, explore, (zero, zero, jnp.zeros(()), jnp.zeros(()))
+  )
+  d1 = _rms(k0, scale)
+  d2 = _rms(jax.tree.map(jnp.subtract, k1, k0), scale) / h0
+  steepest = jnp.maximum(d1, d2)
+  flat = jnp.maximum(1e-6, h0 * 1e-3)
+  h1 = jnp.where(steepest <= 1e-15, flat, (0.01 / steepest) ** (1 / 5))
+  return k0, jnp.minimum(100 * h0, h1)
+
+
+def _runge_kutta(drift, t, y, k0, h):
+  """Make one step of size h from y, whose slope is k0.
+
+  Returns:
+    (the new state, all slopes stacked; the last is that of the new state).
+  """
+  stages, nodes = jnp.asarray(_STAGES), jnp.asarray(_NODES)
+
+  def stage(i, carry):
+    slopes, _ = carry
+    y_i = _axpy(h, combine(stages[i], slopes), y)
+    k = drift(t + nodes[i] * h, y_i)
+    return jax.tree.map(lambda s, k: s.at[i + 1].set(k), slopes, k), y_i
+
+  slopes = jax.tree.map(
+    lambda k: jnp.zeros((7, *k.shape), k.dtype).at[0].set(k), k0
+  )
+  slopes, y_new = jax.lax.fori_loop(0, 6, stage, (slopes, y))
+  return y_new, slopes
+
+
 def solve_ode(
-  drift, y0, t0, t1, *, rtol, atol, max_steps=10_000
+  drift: Callable,
+  y0: PyTree,
+  t0: Real[ArrayLike, ''],
+  t1: Real[ArrayLike, ''],
+  *,
+  rtol: Real[ArrayLike, ''],
+  atol: Real[ArrayLike, ''],
+  max_steps: int = 10_000,
 ) -> OdeSolution:
-  """Solves dy/dt = drift(t, y) from t0 to t1 by RK45, inside `jax.jit`.
+  """Solve dy/dt = drift(t, y) from t0 to t1 by RK45, inside `jax.jit`.
 
   Dormand and Prince's pair with local extrapolation and the step control of
-  Hairer, Norsett & Wanner (Solving ODEs I, II.4), as scipy's RK45 has it: one
-  step size for the whole batch, from the root mean square of the error
-  relative to atol + rtol |y|.
+  Hairer, Norsett & Wanner (Solving ODEs I, II.4), as in scipy's RK45: one step
+  size for the whole batch, from the root mean square of the error relative to
+  atol + rtol |y|.
 
   Args:
-    drift: drift(t, y), t a scalar, y and the result pytrees like y0.
+    drift: drift(t, y) for a scalar t; y and the result are pytrees like y0.
     y0: pytree of float arrays.
     t0, t1: start and end; t1 may be smaller than t0.
-    rtol, atol: tolerances of a step's error.
-    max_steps: attempted steps after which success is False.
+    rtol, atol: relative and absolute tolerance of the error of a step.
+    max_steps: number of attempted steps after which success is False.
   """
   t0, t1 = jnp.float32(t0), jnp.float32(t1)
   direction = jnp.sign(t1 - t0)
@@ -86,42 +155,20 @@ def solve_ode(
       lambda a, b: atol + rtol * jnp.maximum(jnp.abs(a), jnp.abs(b)), y, y_new
     )
 
-  scale0 = scale_of(y0, y0)
-  stages, nodes = jnp.asarray(_STAGES), jnp.asarray(_NODES)
-
-  def explore(_, carry):
-    """Euler's step of size h along the slope k; the slope there."""
-    _, k, _, h = carry
-    k_next = drift(t0 + direction * h, _axpy(direction * h, k, y0))
-    d0, d1 = _rms(y0, scale0), _rms(k_next, scale0)
-    tiny = (d0 < 1e-5) | (d1 < 1e-5)
-    h_next = jnp.where(tiny, 1e-6, 0.01 * d0 / d1)
-    return k, k_next, h, jnp.minimum(h_next, jnp.abs(t1 - t0))
-
   def attempt(carry):
     t, y, k0, h_abs, rejected, steps, _ = carry
-    # A step below the spacing of floats at t would not move t.
+    # A step below the spacing of floats at t would not change t.
     h_min = 10 * jnp.finfo(jnp.float32).eps * jnp.maximum(jnp.abs(t), 1e-7)
     h_abs = jnp.maximum(h_abs, h_min)
     last = h_abs >= jnp.abs(t1 - t)
     t_new = jnp.where(last, t1, t + direction * h_abs)
     h = t_new - t
-
-    def stage(i, carry):
-      slopes, _ = carry
-      y_i = _axpy(h, combine(stages[i], slopes), y)
-      k = drift(t + nodes[i] * h, y_i)
-      return jax.tree.map(lambda s, k: s.at[i + 1].set(k), slopes, k), y_i
-
-    slopes = jax.tree.map(
-      lambda k: jnp.zeros((7, *k.shape), k.dtype).at[0].set(k), k0
-    )
-    slopes, y_new = jax.lax.fori_loop(0, 6, stage, (slopes, y))
+    y_new, slopes = _runge_kutta(drift, t, y, k0, h)
     difference = combine(jnp.asarray(_ERROR), slopes)
     error = jnp.abs(h) * _rms(difference, scale_of(y, y_new))
     factor = _SAFETY * error ** (-1 / 5)
     accept = error < 1
-    # Written so that a NaN error rejects and shrinks the step.
+    # Written so that a NaN error rejects the step and shrinks it.
     factor = jnp.where(
       accept,
       jnp.minimum(jnp.where(rejected, 1.0, _MAX_FACTOR), factor),
@@ -143,23 +190,50 @@ def solve_ode(
     t, _, _, _, _, steps, stuck = carry
     return (t != t1) & (steps < max_steps) & ~stuck
 
-  # The slope k0 at y0, k1 after a trial step of size h0, and with them the
-  # first step's size. Loops, here and over stages, so that the drift is
-  # compiled only twice.
-  zero = jax.tree.map(jnp.zeros_like, y0)
-  k0, k1, h0, _ = jax.lax.fori_loop(
-    0, 2, explore, (zero, zero, jnp.zeros(()), jnp.zeros(()))
-  )
-  d1 = _rms(k0, scale0)
-  d2 = _rms(jax.tree.map(jnp.subtract, k1, k0), scale0) / h0
-  steepest = jnp.maximum(d1, d2)
-  flat = jnp.maximum(1e-6, h0 * 1e-3)
-  h1 = jnp.where(steepest <= 1e-15, flat, (0.01 / steepest) ** (1 / 5))
-  start = (t0, y0, k0, jnp.minimum(100 * h0, h1), False, 0, False)
-  start = jax.tree.map(jnp.asarray, start)
+  k0, h = _first_step(drift, y0, t0, t1, scale_of(y0, y0))
+  start = jax.tree.map(jnp.asarray, (t0, y0, k0, h, False, 0, False))
   t, y, _, _, _, steps, _ = jax.lax.while_loop(unfinished, attempt, start)
   finite = jnp.all(
     jnp.stack([jnp.all(jnp.isfinite(v)) for v in jax.tree.leaves(y)])
   )
-  # Two evaluations to begin with, six a step: the seventh is the next's first.
+  # Two evaluations for the first step's size, then six a step: the seventh is
+  # the first of the next step.
   return OdeSolution(y, 2 + 6 * steps, (t == t1) & finite)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ODE(base.BaseSampler):
+  """Probability-flow ODE from t = 1 to eps (Eq. 13), with adaptive steps.
+
+  Example:
+    >>> ODE(rtol=1e-3, atol=1e-3).continuous
+    True
+  """
+
+  continuous = True
+
+  rtol: float = option(
+    1e-5,
+    'Relative tolerance of adaptive ODE steps, in likelihoods too.',
+    '(0, inf)',
+    marks=('samples', 'cost'),
+  )
+  atol: float = option(
+    1e-5,
+    'Absolute tolerance of adaptive ODE steps, in likelihoods too.',
+    '(0, inf)',
+    marks=('samples', 'cost'),
+  )
+
+  def _sample(self, rng, score_fn, sde, z, frames):
+    del rng
+
+    def drift(t, x):
+      t = jnp.full(x.shape[:1], t)
+      return sde.ode_drift(x, t, score_fn(x, t))
+
+    def solve(i, x, t, t_next):
+      del i
+      return solve_ode(drift, x, t, t_next, rtol=self.rtol, atol=self.atol)
+
+    return base.scan_stretches(solve, self, score_fn, sde, z, frames)

@@ -1,15 +1,23 @@
 r"""Steps of predictor-corrector sampling (Song et al. 2021, Algorithm 1).
 
-A step is a function (rng, x, t, t_next) -> (x, x_mean): from x at time t it
-makes a sample at t_next < t, and that sample's mean before noise was added. A
-predictor follows the reverse-time SDE; a corrector stays at t.
+A step is called as step(rng, score_fn, sde, x, t, t_next) -> (x, x_mean): from
+x at time t it draws a sample at t_next < t, and returns the mean of that sample
+before noise was added as well. A predictor follows the reverse-time SDE; a
+corrector stays at time t.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-import sde_lib
+from runtime.options import Options, option
+from sde_lib import SDE, expand
+from solvers.base import Rng, ScoreFn, State, Times
 from solvers.langevin import langevin_step
+
+Step = tuple[Float[Array, ' B *dims'], Float[Array, ' B *dims']]
 
 
 def _normal_like(rng, x):
@@ -19,136 +27,204 @@ def _normal_like(rng, x):
 # ------------------------------------------------------------- predictors
 
 
-def euler_maruyama(score_fn, sde, *, probability_flow=False):
-  """Euler-Maruyama on the reverse-time SDE (Eq. 6), over the grid's own steps.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _FlowOrSDE(Options):
+  """Predictor of the reverse-time SDE, or of the probability-flow ODE."""
 
-  Args:
-    score_fn, sde: as everywhere in this module.
-    probability_flow: follow the ODE (Eq. 13) instead, without noise.
+  probability_flow: bool = option(
+    False, 'Whether the predictor follows the ODE (Eq. 13), without noise.'
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EulerMaruyama(_FlowOrSDE):
+  """Euler-Maruyama on the reverse-time SDE (Eq. 6), or Euler on the ODE.
+
+  Example:
+    >>> EulerMaruyama(probability_flow=True)
+    EulerMaruyama(probability_flow=True)
   """
 
-  def step(rng, x, t, t_next):
-    dt = sde_lib.expand(t - t_next, x)
+  def __call__(
+    self,
+    rng: Rng,
+    score_fn: ScoreFn,
+    sde: SDE,
+    x: State,
+    t: Times,
+    t_next: Times,
+  ) -> Step:
+    dt = expand(t - t_next, x)
     score = score_fn(x, t)
-    if probability_flow:
+    if self.probability_flow:
       x = x - sde.ode_drift(x, t, score) * dt
       return x, x
     x_mean = x - sde.reverse_drift(x, t, score) * dt
-    g = sde_lib.expand(sde.coefficients(t)[1], x)
+    g = expand(sde.coefficients(t)[1], x)
     return x_mean + g * jnp.sqrt(dt) * _normal_like(rng, x), x_mean
 
-  return step
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReverseDiffusion(_FlowOrSDE):
+  """Reverse of the chain x_t = a x_s + sqrt(v) z (Eq. 46; of the ODE: Eq. 47).
 
-def reverse_diffusion(score_fn, sde, *, probability_flow=False):
-  """Reverses the forward chain x_t = a x_s + sqrt(v) z (Eq. 46; ODE: Eq. 47).
-
-  Args: as `euler_maruyama`.
+  Example:
+    >>> ReverseDiffusion()
+    ReverseDiffusion(probability_flow=False)
   """
 
-  def step(rng, x, t, t_next):
-    a, v = (sde_lib.expand(c, x) for c in sde.discretize(t_next, t))
+  def __call__(
+    self,
+    rng: Rng,
+    score_fn: ScoreFn,
+    sde: SDE,
+    x: State,
+    t: Times,
+    t_next: Times,
+  ) -> Step:
+    a, v = (expand(c, x) for c in sde.discretize(t_next, t))
     score = score_fn(x, t)
-    if probability_flow:
+    if self.probability_flow:
       x = (2 - a) * x + 0.5 * v * score
       return x, x
     x_mean = (2 - a) * x + v * score
     return x_mean + jnp.sqrt(v) * _normal_like(rng, x), x_mean
 
-  return step
 
-
-def ancestral(score_fn, sde, *, variance='forward'):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ancestral(Options):
   """Ancestral sampling of the forward chain (Eq. 4 for VP, App. F for VE).
 
-  With x_t = a x_s + sqrt(v) z, the mean of x_s is (x_t + v score) / a.
+  With x_t = a x_s + sqrt(v) z, the mean of x_s is (x_t + v score) / a. The
+  variance of the noise is v ('forward'), or that of p(x_s | x_t, x_0), which is
+  v sigma_s^2 / sigma_t^2 ('posterior').
 
-  Args:
-    score_fn, sde: as everywhere in this module.
-    variance: of the noise: 'forward' for v, which the paper takes for VP;
-      'posterior' for v sigma_s^2 / sigma_t^2, that of p(x_s | x_t, x_0), which
-      it takes for VE.
+  Example:
+    >>> Ancestral()
+    Ancestral(ancestral_variance='paper')
   """
-  if variance not in ('posterior', 'forward'):
-    raise ValueError(
-      f"sampling.ancestral_variance={variance!r} is neither 'posterior' nor "
-      "'forward'."
-    )
 
-  def step(rng, x, t, t_next):
+  ancestral_variance: str = option(
+    'paper',
+    "Variance of the noise: 'forward', 'posterior', or 'paper' for the "
+    "posterior's with VE and the forward chain's with VP.",
+    choices=('paper', 'forward', 'posterior'),
+  )
+
+  def __call__(
+    self,
+    rng: Rng,
+    score_fn: ScoreFn,
+    sde: SDE,
+    x: State,
+    t: Times,
+    t_next: Times,
+  ) -> Step:
     a, v = sde.discretize(t_next, t)
-    x_mean = (x + sde_lib.expand(v, x) * score_fn(x, t)) / sde_lib.expand(a, x)
+    x_mean = (x + expand(v, x) * score_fn(x, t)) / expand(a, x)
+    variance = self.ancestral_variance
+    if variance == 'paper':
+      variance = 'posterior' if sde.variance_exploding else 'forward'
     if variance == 'posterior':
       v = v * (sde.marginal(t_next)[1] / sde.marginal(t)[1]) ** 2
-    return x_mean + sde_lib.expand(jnp.sqrt(v), x) * _normal_like(
-      rng, x
-    ), x_mean
-
-  return step
+    noise = expand(jnp.sqrt(v), x) * _normal_like(rng, x)
+    return x_mean + noise, x_mean
 
 
-def no_step(score_fn, sde):
-  """Leaves x as it is; it costs no score evaluation."""
-  del score_fn, sde
-  return lambda rng, x, t, t_next: (x, x)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoStep(Options):
+  """No step: x stays as it is, without a score evaluation.
+
+  Example:
+    >>> NoStep()(None, None, None, x=1.0, t=0.5, t_next=0.4)
+    (1.0, 1.0)
+  """
+
+  def __call__(self, rng, score_fn, sde, x, t, t_next):
+    return x, x
 
 
 # ------------------------------------------------------------- correctors
 
 
 def _batch_norm(v):
-  """Euclidean norm of each example, averaged over the whole (global) batch."""
+  """Return the mean over the whole (global) batch of each example's norm."""
   return jnp.mean(jnp.linalg.norm(v.reshape(v.shape[0], -1), axis=-1))
 
 
-def langevin(score_fn, sde, *, snr):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Corrector(Options):
+  """Corrector by Langevin dynamics."""
+
+  snr: float = option(
+    0.16, 'Signal-to-noise ratio r of a Langevin corrector.', '(0, inf)'
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Langevin(_Corrector):
   """Langevin dynamics at time t (Algorithms 4 and 5).
 
-  The step size e = 2 a^2 (snr |z| / |score|)^2 takes both norms averaged over
-  the whole batch, so an example's path depends on its neighbours; that is the
-  paper's rule. `a` is the forward chain's (1 for VE).
+  The step size is e = 2 a^2 (snr |z| / |score|)^2, where `a` belongs to the
+  forward chain (1 for VE). Both norms are means over the whole batch, so the
+  path of an example depends on the others; this is the paper's rule.
 
-  Args:
-    score_fn, sde: as everywhere in this module.
-    snr: the signal-to-noise ratio r.
+  Example:
+    >>> Langevin(snr=0.1)
+    Langevin(snr=0.1)
   """
 
-  def step(rng, x, t, t_next):
+  def __call__(
+    self,
+    rng: Rng,
+    score_fn: ScoreFn,
+    sde: SDE,
+    x: State,
+    t: Times,
+    t_next: Times,
+  ) -> Step:
     score = score_fn(x, t)
     z = _normal_like(rng, x)
     a, _ = sde.discretize(t_next, t)
-    ratio = snr * _batch_norm(z) / _batch_norm(score)
+    ratio = self.snr * _batch_norm(z) / _batch_norm(score)
     return langevin_step(x, score, z, 2 * (a * ratio) ** 2)
 
-  return step
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnnealedLangevin(_Corrector):
+  """Annealed Langevin dynamics ("ald"), as in the paper's release.
 
-def annealed_langevin(score_fn, sde, *, snr):
-  """Annealed Langevin dynamics (Song & Ermon 2019, Algorithm 1).
+  The step size is e = 2 a^2 (snr sigma_t)^2. The sampler 'annealed_langevin'
+  (Song & Ermon 2019, Algorithm 1) has another rule for the step size.
 
-  The step size is e = 2 a^2 (snr sigma_t)^2.
-
-  Args:
-    score_fn, sde, snr: as `langevin`.
+  Example:
+    >>> AnnealedLangevin()
+    AnnealedLangevin(snr=0.16)
   """
 
-  def step(rng, x, t, t_next):
+  def __call__(
+    self,
+    rng: Rng,
+    score_fn: ScoreFn,
+    sde: SDE,
+    x: State,
+    t: Times,
+    t_next: Times,
+  ) -> Step:
     a, _ = sde.discretize(t_next, t)
-    e = 2 * (a * snr * sde.marginal(t)[1]) ** 2
+    e = 2 * (a * self.snr * sde.marginal(t)[1]) ** 2
     return langevin_step(x, score_fn(x, t), _normal_like(rng, x), e)
-
-  return step
 
 
 PREDICTORS = {
-  'euler_maruyama': euler_maruyama,
-  'reverse_diffusion': reverse_diffusion,
-  'ancestral': ancestral,
-  'none': no_step,
+  'euler_maruyama': EulerMaruyama,
+  'reverse_diffusion': ReverseDiffusion,
+  'ancestral': Ancestral,
+  'none': NoStep,
 }
 
 CORRECTORS = {
-  'langevin': langevin,
-  'annealed_langevin': annealed_langevin,
-  'none': no_step,
+  'langevin': Langevin,
+  'ald': AnnealedLangevin,
+  'none': NoStep,
 }

@@ -1,4 +1,4 @@
-"""Shared by all tests: a compilation cache and strict shapes."""
+"""Shared by all tests: a compilation cache, strict shapes, checked types."""
 
 import os
 import pathlib
@@ -6,6 +6,9 @@ import pathlib
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax
+import jaxtyping
+
+from tests import typecheck
 
 # Compiled programs are kept between runs, so only the first run is slow.
 jax.config.update(
@@ -16,3 +19,15 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 # [B] meeting [B, H, W, C] by accident is an error, not a broadcast.
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+# Annotations are checked in tests only, so that they cost nothing elsewhere.
+TYPED = (
+  'controllable_generation',
+  'evaluation',
+  'likelihood',
+  'losses',
+  'sampling',
+  'sde_lib',
+  'solvers',
+)
+jaxtyping.install_import_hook(TYPED, f'{typecheck.__name__}.check')

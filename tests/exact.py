@@ -10,7 +10,7 @@ from jax.scipy.special import logsumexp
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-  """sum_k weights_k N(means_k, std^2 I), with means [K, D]."""
+  """Mixture sum_k weights_k N(means_k, std^2 I), with means [K, D]."""
 
   weights: tuple = (0.5, 0.5)
   means: tuple = ((0.5, -0.3), (0.5, -0.3))
@@ -21,7 +21,7 @@ class Mixture:
     return len(self.means[0])
 
   def logp(self, x, alpha=1.0, sigma=0.0):
-    """log-density [B] of alpha x_0 + sigma z at x [B, D]."""
+    """Return the log-density [B] of alpha x_0 + sigma z at x [B, D]."""
     alpha = jnp.reshape(jnp.asarray(alpha), (-1, 1))
     variance = (
       alpha**2 * self.std**2 + jnp.reshape(jnp.asarray(sigma), (-1, 1)) ** 2
@@ -33,7 +33,7 @@ class Mixture:
     return logsumexp(log_normal + jnp.log(jnp.asarray(self.weights))[None], -1)
 
   def score_fn(self, sde):
-    """The exact score of the marginals of `sde` started from this mixture."""
+    """Return the exact score of `sde` for data of this mixture."""
 
     def score(x, t):
       alpha, sigma = sde.marginal(t)
@@ -53,7 +53,7 @@ class Mixture:
 
   @property
   def variance(self):
-    """Of each coordinate."""
+    """Return the variance of each coordinate."""
     second = np.asarray(self.weights) @ np.asarray(self.means) ** 2
     return second - self.mean**2 + self.std**2
 

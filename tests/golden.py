@@ -1,4 +1,4 @@
-"""Golden numbers of the paper's release, and the reduced models behind them.
+"""Load golden numbers of the paper's release, and make their reduced models.
 
 Each file holds the parameters (averaged over training), inputs and outputs
 that the paper's own JAX release computed in float32 on a CPU, for one of its
@@ -65,12 +65,12 @@ CASES = tuple(_FIELDS)
 
 
 def model(case, **fields):
-  """The case's network, with `fields` in place of its own."""
+  """Return the network of a case, with `fields` in place of its own."""
   return models.create(**{**_FIELDS[case], **fields})
 
 
 def load(case):
-  """Returns (arrays by name, parameters as a pytree)."""
+  """Return (arrays by name, parameters as a pytree)."""
   with np.load(DATA / f'golden_{case}.npz') as file:
     arrays = dict(file)
   names = [name for name in arrays if name.startswith('params/')]

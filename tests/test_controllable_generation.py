@@ -1,6 +1,6 @@
-"""Controls of the score, against conditional distributions in closed form."""
+"""Compare guided scores with conditional distributions in closed form."""
 
-import functools
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,8 @@ import controllable_generation as control
 import losses
 import sampling
 import sde_lib
-from solvers import plans, predictors
+from runtime import options
+from solvers import grids, ode, predictors
 from tests.exact import Mixture
 
 VE = sde_lib.VESDE(sigma_max=10.0)
@@ -21,7 +22,7 @@ name = lambda sde: type(sde).__name__
 
 
 def gaussian_score(mean, cov):
-  """sde -> the exact score of its marginals, started from N(mean, cov)."""
+  """Return sde -> the exact score of its marginals for data N(mean, cov)."""
   mean, cov = jnp.float32(mean), jnp.float32(cov)
 
   def make(sde):
@@ -39,7 +40,7 @@ def gaussian_score(mean, cov):
 
 
 def posterior(mean, cov, matrix, y, noise_std):
-  """Mean and covariance of x given y = matrix x + noise_std n."""
+  """Return mean and covariance of x given y = matrix x + noise_std n."""
   seen = matrix @ cov @ matrix.T + noise_std**2 * np.eye(len(matrix))
   gain = cov @ matrix.T @ np.linalg.inv(seen)
   return mean + gain @ (y - matrix @ mean), cov - gain @ matrix @ cov
@@ -50,7 +51,7 @@ def linear(matrix):
 
 
 def assert_moments(x, mean, cov, *, bias):
-  """Mean and covariance of x within 4.5 standard errors and a bias."""
+  """Check mean and covariance of x within 4.5 standard errors and a bias."""
   x, cov, mean = np.float64(x), np.asarray(cov), np.asarray(mean)
   scale = np.sqrt(np.maximum(np.diag(cov), 1e-4))
   error = 4.5 / np.sqrt(len(x)) + bias
@@ -59,29 +60,17 @@ def assert_moments(x, mean, cov, *, bias):
   np.testing.assert_allclose(relative, 0, atol=np.sqrt(2) * error)
 
 
-def pc(rng, score_fn, sde, z, corrector=predictors.no_step):
-  return sampling.pc_sample(
-    rng, score_fn, sde, z,
-    predictor=predictors.reverse_diffusion, corrector=corrector,
-    num_steps=400, eps=1e-3,
-  )  # fmt: skip
-
-
-def ode(rng, score_fn, sde, z):
-  return sampling.ode_sample(
-    rng, score_fn, sde, z, eps=1e-3, rtol=1e-3, atol=1e-3, final_denoise=True
-  )
-
-
-def fast(rng, score_fn, sde, z):
-  return sampling.plan_sample(
-    rng, score_fn, sde, z, solver=plans.SOLVERS['dpmpp_2m'],
-    num_steps=50, eps=1e-3, grid='log_snr',
-  )  # fmt: skip
+pc = sampling.PC(
+  predictor=predictors.ReverseDiffusion(), num_steps=400, eps=1e-3
+)
+flow = ode.ODE(eps=1e-3, rtol=1e-3, atol=1e-3)
+fast = sampling.SAMPLERS['dpmpp_2m'](
+  num_steps=50, eps=1e-3, grid=grids.LogSNR()
+)
 
 
 def run(sampler, sde, score_fn, dims):
-  """Samples [BATCH, dims], compiled quickly, for it runs once."""
+  """Return samples [BATCH, dims], not optimised because they run once."""
 
   def program(rng):
     rng, rng_prior = jax.random.split(rng)
@@ -94,10 +83,10 @@ def run(sampler, sde, score_fn, dims):
   )
 
 
-# Each control meets three samplers and three processes.
+# Each guidance is tested with three samplers and three processes.
 PAIRS = pytest.mark.parametrize(
   ('sde', 'sampler'),
-  [(VE, pc), (VP, ode), (SUBVP, fast)],
+  [(VE, pc), (VP, flow), (SUBVP, fast)],
   ids=['ve-pc', 'vp-ode', 'subvp-fast'],
 )
 
@@ -109,11 +98,12 @@ TWO_OF_THREE = np.array([[1.0, 0.5, 0.0], [-0.3, 0.8, 1.2]])
 
 @PAIRS
 def test_pigdm_samples_the_posterior(sde, sampler):
-  """Exact for isotropic Gaussian priors, any A and noise, given their std."""
+  """PiGDM is exact for isotropic Gaussian priors of known std, and any A."""
   y, noise_std = np.array([0.9, -0.8]), 0.3
-  guided = control.pigdm(
-    PRIOR(sde), sde, operator=linear(TWO_OF_THREE), data_std=PRIOR_STD,
-    y=jnp.tile(jnp.float32(y), (BATCH, 1)), noise_std=noise_std,
+  method = control.PiGDM(data_std=PRIOR_STD, noise_std=noise_std, ramp=0.0)
+  guided = method(
+    PRIOR(sde), sde, operator=linear(TWO_OF_THREE),
+    y=jnp.tile(jnp.float32(y), (BATCH, 1)),
   )  # fmt: skip
   x = run(sampler, sde, guided, 3)
   truth = posterior(PRIOR_MEAN, PRIOR_COV, TWO_OF_THREE, y, noise_std)
@@ -122,10 +112,10 @@ def test_pigdm_samples_the_posterior(sde, sampler):
 
 @PAIRS
 def test_projection_samples_the_posterior(sde, sampler):
-  """Exact where what is seen does not depend on what is not."""
+  """Projection is exact if seen and unseen directions are independent."""
   mask, y = np.array([True, False, True]), np.array([0.9, -0.8])
-  guided = control.projection(
-    PRIOR(sde), sde, operator=functools.partial(control._select, mask=mask),
+  guided = control.Projection()(
+    PRIOR(sde), sde, operator=control.Inpaint(mask=mask),
     y=jnp.tile(jnp.float32(y), (BATCH, 1)),
   )  # fmt: skip
   x = run(sampler, sde, guided, 3)
@@ -137,15 +127,15 @@ def test_projection_samples_the_posterior(sde, sampler):
 
 @PAIRS
 def test_dps_samples_the_posterior_of_a_sure_prior(sde, sampler):
-  """Exact as the prior's variance falls below that of the measurement."""
+  """DPS is exact if the prior varies much less than the measurement."""
   mean, cov, noise_std = np.zeros(2), 0.3**2 * np.eye(2), 1.5
   matrix, y = np.array([[1.0, 0.0]]), np.array([8.0])
-  guided = control.dps(
+  guided = control.DPS(noise_std=noise_std, ramp=0.0)(
     gaussian_score(mean, cov)(sde), sde, operator=linear(matrix),
-    y=jnp.tile(jnp.float32(y), (BATCH, 1)), noise_std=noise_std,
+    y=jnp.tile(jnp.float32(y), (BATCH, 1)),
   )  # fmt: skip
   truth = posterior(mean, cov, matrix, y, noise_std)
-  assert truth[0][0] > 0.3  # one standard deviation away from the prior
+  assert truth[0][0] > 0.3  # One standard deviation away from the prior.
   assert_moments(run(sampler, sde, guided, 2), *truth, bias=0.08)
 
 
@@ -157,7 +147,7 @@ def of_class(k):
 
 
 def log_prob(sde, k):
-  """log p_t(k | x), exactly, for the classes of `CLASSES`."""
+  """Return the exact log p_t(k | x) of class k of `CLASSES`."""
 
   def function(x, t):
     at = sde.marginal(t)
@@ -168,7 +158,7 @@ def log_prob(sde, k):
 
 @PAIRS
 def test_classifier_guidance_samples_the_class(sde, sampler):
-  guided = control.classifier_guidance(
+  guided = control.ClassifierGuidance()(
     CLASSES.score_fn(sde), sde, log_prob=log_prob(sde, 1)
   )
   x = run(sampler, sde, guided, 2)
@@ -176,7 +166,7 @@ def test_classifier_guidance_samples_the_class(sde, sampler):
 
 
 def labelled_score(sde):
-  """score_fn(x, t) of the mixture, score_fn(x, t, label) of its classes."""
+  """Return score_fn: (x, t) of the mixture, (x, t, label) of its classes."""
   both = [of_class(k).score_fn(sde) for k in (0, 1)]
 
   def score_fn(x, t, label=None):
@@ -190,14 +180,14 @@ def labelled_score(sde):
 
 @PAIRS
 def test_labels_sample_the_class(sde, sampler):
-  guided = control.classifier_free_guidance(
+  guided = control.ClassifierFree()(
     labelled_score(sde), sde, label=jnp.ones(BATCH, jnp.int32)
   )
   x = run(sampler, sde, guided, 2)
   assert_moments(x, CLASSES.means[1], 0.4**2 * np.eye(2), bias=0.04)
 
 
-# ------------------------------------------------------ scores, in any state
+# ------------------------------------------------- scores at arbitrary states
 
 
 def states(dims):
@@ -209,9 +199,10 @@ def states(dims):
 @pytest.mark.parametrize('noise_std', [0.0, 0.3])
 def test_pigdm_is_the_conditional_score(sde, noise_std):
   y = np.array([0.9, -0.8])
-  guided = control.pigdm(
-    PRIOR(sde), sde, operator=linear(TWO_OF_THREE), data_std=PRIOR_STD,
-    y=jnp.tile(jnp.float32(y), (64, 1)), noise_std=noise_std,
+  method = control.PiGDM(data_std=PRIOR_STD, noise_std=noise_std, ramp=0.0)
+  guided = method(
+    PRIOR(sde), sde, operator=linear(TWO_OF_THREE),
+    y=jnp.tile(jnp.float32(y), (64, 1)),
   )  # fmt: skip
   truth = posterior(PRIOR_MEAN, PRIOR_COV, TWO_OF_THREE, y, noise_std)
   x, t = states(3)
@@ -222,11 +213,13 @@ def test_pigdm_is_the_conditional_score(sde, noise_std):
 
 @pytest.mark.parametrize('method', ['dps', 'pigdm'])
 def test_ramp_weighs_the_guidance(method):
-  """By 1 / (1 + (ramp sigma / alpha)^2), which fades near t = 1."""
+  """The weight is 1 / (1 + (ramp sigma / alpha)^2), which fades near t = 1."""
   x, t = states(3)
-  guided = lambda **ramp: control.METHODS[method](
-    PRIOR(VP), VP, operator=linear(TWO_OF_THREE),
-    y=jnp.ones((64, 2)), noise_std=0.3, **ramp,
+  data_std = {'data_std': 1.0} if method == 'pigdm' else {}
+  guided = lambda ramp=0.0: control.METHODS[method](
+    noise_std=0.3, ramp=ramp, **data_std
+  )(
+    PRIOR(VP), VP, operator=linear(TWO_OF_THREE), y=jnp.ones((64, 2))
   )(x, t) - PRIOR(VP)(x, t)  # fmt: skip
   alpha, sigma = (np.asarray(v)[:, None] for v in VP.marginal(t))
   weight = alpha**2 / (alpha**2 + 0.25 * sigma**2)
@@ -238,34 +231,34 @@ def test_ramp_weighs_the_guidance(method):
 
 @pytest.mark.parametrize('sde', [VE, VP, SUBVP], ids=name)
 def test_guidance_scales(sde):
-  """0 and 1 are the two scores; between and beyond it is linear."""
+  """Scales 0 and 1 give the two scores; the score is linear in the scale."""
   score_fn, (x, t) = labelled_score(sde), states(2)
   label = jnp.arange(64) % 2
-  guided = lambda scale: control.classifier_free_guidance(
-    score_fn, sde, label=label, scale=scale
+  guided = lambda scale: control.ClassifierFree(scale=scale)(
+    score_fn, sde, label=label
   )(x, t)
   free, given = score_fn(x, t), score_fn(x, t, label)
   np.testing.assert_array_equal(guided(0.0), free)
   np.testing.assert_array_equal(guided(1.0), given)
   np.testing.assert_allclose(guided(3.0), 3 * given - 2 * free, rtol=1e-3)
-  # Bayes: a classifier that is exact gives the same as the labels, sharpened.
-  bayes = control.classifier_guidance(
-    score_fn, sde, log_prob=log_prob(sde, 1), scale=3.0
+  # By Bayes' rule an exact classifier gives the same score as the labels.
+  bayes = control.ClassifierGuidance(scale=3.0)(
+    score_fn, sde, log_prob=log_prob(sde, 1)
   )
-  ones = control.classifier_free_guidance(
-    score_fn, sde, label=jnp.ones(64, jnp.int32), scale=3.0
+  ones = control.ClassifierFree(scale=3.0)(
+    score_fn, sde, label=jnp.ones(64, jnp.int32)
   )
   np.testing.assert_allclose(bayes(x, t), ones(x, t), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize('scale', [0.5, 2.0])
 def test_guidance_of_a_gaussian_pair(scale):
-  """p(x)^(1 - s) p(x | c)^s of two Gaussians is the one of their moments."""
+  """p(x)^(1 - s) p(x | c)^s of two Gaussians is a Gaussian in closed form."""
   free, given = (np.zeros(2), np.eye(2)), (np.ones(2), 0.25 * np.eye(2))
   pair = [gaussian_score(*g)(VP) for g in (free, given)]
   score_fn = lambda x, t, *label: pair[len(label)](x, t)
-  guided = control.classifier_free_guidance(
-    score_fn, VP, label=jnp.zeros(64, jnp.int32), scale=scale
+  guided = control.ClassifierFree(scale=scale)(
+    score_fn, VP, label=jnp.zeros(64, jnp.int32)
   )
   x, t = states(2)
   alpha, sigma = (np.asarray(v)[:, None] for v in VP.marginal(t))
@@ -280,7 +273,7 @@ def test_guidance_of_a_gaussian_pair(scale):
 
 
 def test_projection_of_a_correlated_prior_is_an_approximation():
-  """By the paper's either rule it undershoots; PiGDM is nearer the truth."""
+  """Both projections of the paper are biased; PiGDM is closer to the truth."""
   mean, cov = np.array([0.3, -0.2]), np.array([[0.25, 0.2], [0.2, 0.25]])
   matrix, y = np.array([[1.0, 0.0]]), np.array([0.8])
   truth, _ = posterior(mean, cov, matrix, y, 0.0)
@@ -289,12 +282,12 @@ def test_projection_of_a_correlated_prior_is_an_approximation():
     'y': jnp.full((BATCH, 1), 0.8),
   }
   errors = {}
-  for kind, function in {
-    'own': control.projection,
-    'fresh': functools.partial(control.projection, rng=jax.random.key(3)),
-    'pigdm': functools.partial(control.pigdm, data_std=0.5),
+  for kind, method in {
+    'own': control.Projection(),
+    'fresh': control.Projection(fresh_noise=True, seed=3),
+    'pigdm': control.PiGDM(data_std=0.5, ramp=0.0),
   }.items():
-    x = run(pc, VP, function(gaussian_score(mean, cov)(VP), VP, **options), 2)
+    x = run(pc, VP, method(gaussian_score(mean, cov)(VP), VP, **options), 2)
     np.testing.assert_allclose(x[:, 0], 0.8, atol=1e-4)
     errors[kind] = abs(x[:, 1].mean() - truth[1])
   assert errors['pigdm'] < 0.05 < 0.1 < errors['own'] < 0.2
@@ -305,13 +298,16 @@ def test_projection_of_a_correlated_prior_is_an_approximation():
 
 SHAPE = (2, 8, 8, 3)
 MASK = np.random.default_rng(0).random((8, 8)) < 0.4
-OPTIONS = {'mask': MASK, 'factor': 4, 'width': 0.8, 'gain': 2.0}
-OPTIONS['centered'] = True
+OPTIONS = {
+  'inpaint': {'mask': MASK},
+  'super_resolution': {'factor': 4},
+  'deblur': {'width': 0.8},
+  'overexposed': {'gain': 2.0, 'centered': True},
+}
 
 
 def operator(which):
-  function, names, _ = control.OPERATORS[which]
-  return functools.partial(function, **{k: OPTIONS[k] for k in names})
+  return control.OPERATORS[which](**OPTIONS.get(which, {}))
 
 
 def image(seed):
@@ -320,7 +316,7 @@ def image(seed):
 
 @pytest.mark.parametrize('which', control.OPERATORS)
 def test_operator(which):
-  """Linear ones have their adjoint, orthonormal ones A A^T = I."""
+  """Linear operators have an adjoint, and orthonormal ones A A^T = I."""
   a, x = operator(which), image(0)
   y = a(x)
   if which in ('overexposed', 'phase_retrieval'):
@@ -347,7 +343,7 @@ def test_operators_values():
   flat = jnp.full(SHAPE, 0.3)
   np.testing.assert_allclose(operator('deblur')(flat), 0.3, rtol=1e-5)
   assert operator('deblur')(x).std() < x.std()
-  bright = operator('overexposed')(x)  # tanh of twice 0 (black) to 1
+  bright = operator('overexposed')(x)  # tanh(2 x) of x in [0, 1].
   np.testing.assert_allclose(bright, 2 * np.tanh(x + 1) - 1, atol=1e-6)
   shifted = jnp.roll(x, (3, 5), (1, 2))
   np.testing.assert_allclose(
@@ -356,25 +352,35 @@ def test_operators_values():
   )  # fmt: skip
 
 
+@pytest.mark.parametrize('which', control.OPERATORS)
+def test_pictures_of_noisy_measurements(which):
+  """Pictures have no NaN, although noise makes magnitudes negative."""
+  a = operator(which)
+  y = a(image(0))
+  y = y + 2 * jax.random.normal(jax.random.key(1), y.shape)
+  shown = a.picture(y, SHAPE)
+  assert shown.shape == SHAPE and np.isfinite(shown).all()
+
+
 @pytest.mark.parametrize('which', ['inpaint', 'colorize', 'super_resolution'])
 def test_known_values_are_returned_exactly(which):
-  """Whatever the score, corrector and sampler, and at either noise."""
+  """This holds for a wrong score, a corrector, and both kinds of noise."""
   a, x0 = operator(which), 0.5 * image(0)
   y = a(x0)
-  wrong = lambda x, t: -x  # of N(0, I), which x0 is not a sample of
+  wrong = lambda x, t: -x  # The score of N(0, I), which x0 is no sample of.
   z = image(1)
-  langevin = functools.partial(predictors.langevin, snr=0.16)
+  sampler = sampling.PC(
+    predictor=predictors.EulerMaruyama(),
+    corrector=predictors.Langevin(snr=0.16), num_steps=30, eps=1e-3,
+  )  # fmt: skip
 
   @jax.jit
   def sample(key):
     found = []
-    for rng in (None, jax.random.key(5)):
-      guided = control.projection(wrong, VP, operator=a, y=y, rng=rng)
-      samples = sampling.pc_sample(
-        key, guided, VP, z, predictor=predictors.euler_maruyama,
-        corrector=langevin, num_steps=30, eps=1e-3,
-      )  # fmt: skip
-      found.append(samples.x)
+    for fresh in (False, True):
+      method = control.Projection(fresh_noise=fresh, seed=5)
+      guided = method(wrong, VP, operator=a, y=y)
+      found.append(sampler(key, guided, VP, z).x)
     return found
 
   for x in sample(jax.random.key(0)):
@@ -384,7 +390,7 @@ def test_known_values_are_returned_exactly(which):
 
 @pytest.mark.parametrize('method', ['dps', 'pigdm'])
 def test_nonlinear_measurements_are_met(method):
-  """Of a photograph with clipped highlights: within the noise, of a prior."""
+  """A photograph with saturated highlights is met within the noise."""
   truth = 0.5 * image(3)[:1]
   a, noise_std = operator('overexposed'), 0.1
   y = a(truth)
@@ -393,8 +399,8 @@ def test_nonlinear_measurements_are_met(method):
     -x
     / sde_lib.expand(0.25 * VP.marginal(t)[0] ** 2 + VP.marginal(t)[1] ** 2, x)
   )
-  guided = control.METHODS[method](
-    prior, VP, operator=a, y=y, noise_std=noise_std, **options
+  guided = control.METHODS[method](noise_std=noise_std, ramp=0.0, **options)(
+    prior, VP, operator=a, y=y
   )
   z = jax.random.normal(jax.random.key(2), truth.shape)
   sample = lambda key: pc(key, guided, VP, z).x
@@ -403,12 +409,68 @@ def test_nonlinear_measurements_are_met(method):
   assert error < 1.3 * noise_std < np.sqrt(np.mean((a(0.5 * z) - y) ** 2)) / 3
 
 
+# ------------------------------------------------------------------- options
+
+
+def test_masks():
+  half, center = (
+    control.Inpaint(mask=mask).pixels((8, 8)) for mask in ('half', 'center')
+  )
+  assert half[:, :4].all() and not half[:, 4:].any()
+  assert center.sum() == 48 and not center[2:6, 2:6].any()
+  random = lambda seed: control.Inpaint(mask='random', known=0.5, seed=seed)
+  share = random(0).pixels((64, 64)).mean()
+  assert 0.45 < share < 0.55
+  assert np.any(random(0).pixels((8, 8)) != random(1).pixels((8, 8)))
+  with pytest.raises(ValueError, match='is of shape'):
+    control.Inpaint(mask=MASK).check_shape((2, 4, 4, 3))
+
+
+WRONG = [
+  (control.Inpaint, 'known', 1.0),
+  (control.SuperResolution, 'factor', 0),
+  (control.Deblur, 'width', 0.0),
+  (control.Overexposed, 'gain', -1.0),
+  (control.Projection, 'noise_std', -0.1),
+  (control.PiGDM, 'data_std', 0.0),
+  (control.PiGDM, 'ramp', -1.0),
+  (control.ClassifierFree, 'scale', float('inf')),
+  (control.Control, 'label', -2),
+  (control.Control, 'num_images', 0),
+  (control.Control, 'repeats', 0),
+]
+
+
+@pytest.mark.parametrize(('cls', 'key', 'value'), WRONG)
+def test_an_option_out_of_range_is_refused(cls, key, value):
+  with pytest.raises(ValueError, match=f'{key}={value}'):
+    cls(**{key: value})
+
+
+def test_dps_needs_noise():
+  with pytest.raises(ValueError, match='config.control.noise_std'):
+    control.DPS()
+
+
+@pytest.mark.parametrize(
+  ('key', 'table'), [('name', control.CONTROLS), ('method', control.METHODS)]
+)
+def test_controls_are_frozen_and_built_from_one_section(key, table):
+  section = {'noise_std': 0.1, 'label': 3, 'factor': 2, 'scale': 2.0}
+  for which in table:
+    found = options.build(table, section | {key: which}, f'control.{key}')
+    assert isinstance(found, control.Operator) is (which in control.OPERATORS)
+    assert getattr(found, 'scale', 2.0) == 2.0
+    with pytest.raises(dataclasses.FrozenInstanceError):
+      found.scale = 1.0
+
+
 # ------------------------------------------------------------------ training
 
 
 def test_classification_is_cross_entropy():
   logits = jnp.float32([[1.0, 2.0, -1.0], [0.0, 0.0, 3.0]])
-  got = losses.classification(
+  got = losses.Classification()(
     jax.random.key(0), lambda x, t: logits, VP, jnp.zeros((2, 4)),
     jnp.array([1, 0]),
   )  # fmt: skip

@@ -1,6 +1,6 @@
-"""Metrics against closed forms, torch-fidelity 0.4.0 and pytorch-fid 0.3.0.
+"""Tests of metrics: closed forms, torch-fidelity 0.4.0, pytorch-fid 0.3.0.
 
-Theirs are numbers here, printed where those are installed by
+The numbers of the other projects were computed by
 
   from torch_fidelity import metric_fid, metric_isc, metric_kid
   real, fake, logits = (torch.from_numpy(x) for x in make_clouds())
@@ -13,22 +13,23 @@ Theirs are numbers here, printed where those are installed by
   metric_isc.isc_features_to_metric(logits, splits=10, shuffle=False)
 """
 
-import itertools
-
 import numpy as np
 import pytest
 
 import evaluation
-from evaluation import Moments
+from features import statistics
+from features.statistics import Moments
 
 
 def moments_of(features):
+  """Return the moments of features [N, D]."""
   moments = Moments()
   moments.update(features)
   return moments
 
 
 def random_covariance(rng, dims, rank):
+  """Return a random covariance [dims, dims] of a given rank."""
   factor = rng.standard_normal((dims, rank))
   return factor @ factor.T / rank
 
@@ -37,7 +38,7 @@ def random_covariance(rng, dims, rank):
 
 
 def test_frechet_distance_of_commuting_gaussians():
-  """With a common eigenbasis, tr (S1 S2)^(1/2) = sum sqrt(l1 l2)."""
+  """With common eigenvectors, tr (S1 S2)^(1/2) = sum sqrt(l1 l2)."""
   rng = np.random.default_rng(0)
   basis, _ = np.linalg.qr(rng.standard_normal((20, 20)))
   l1, l2 = rng.gamma(1, size=(2, 20))
@@ -63,7 +64,7 @@ def test_frechet_distance_of_pairs_in_general():
 
 @pytest.mark.parametrize('rank', [0, 1, 7, 30])
 def test_frechet_distance_of_singular_covariances(rank):
-  """Fewer images than dimensions: a number, and 0 from itself."""
+  """With fewer images than dimensions it is finite, and 0 from itself."""
   rng = np.random.default_rng(2)
   mu = rng.standard_normal(30)
   singular = random_covariance(rng, 30, rank) if rank else np.zeros((30, 30))
@@ -75,7 +76,7 @@ def test_frechet_distance_of_singular_covariances(rank):
 
 
 def test_fid_of_gaussian_clouds():
-  """The distance of clouds tends to that of their Gaussians."""
+  """The distance of many points is that of their Gaussians."""
   rng = np.random.default_rng(3)
   a = rng.standard_normal((100_000, 4))
   b = 1.5 * rng.standard_normal((100_000, 4)) + 0.5
@@ -101,7 +102,7 @@ def test_standard_error_of_fid_in_closed_form(mean, scale):
 
 @pytest.mark.filterwarnings('ignore:FID of')
 def test_standard_error_of_fid_is_that_of_repetitions():
-  """With a common factor, skewed features, and a part of them only."""
+  """Also for correlated and skewed features, and with a part of them."""
   rng = np.random.default_rng(11)
   mix = rng.standard_normal((16, 16)) / 4
   reference = moments_of(rng.gamma(1, size=(20_000, 16)) @ mix)
@@ -119,7 +120,7 @@ def test_standard_error_of_fid_is_that_of_repetitions():
 
 
 def test_standard_error_of_one_inception_score():
-  """As the spread of repetitions."""
+  """The standard error is the spread of repetitions."""
   rng = np.random.default_rng(12)
   found = [
     evaluation.inception_score(2 * rng.standard_normal((500, 10)), splits=1)
@@ -145,77 +146,11 @@ def test_fid_says_when_images_are_few():
     evaluation.fid(moments_of(features[:, :19]), reference)
 
 
-# --- Moments ------------------------------------------------------------------
-
-
-def test_moments_equal_numpy_in_any_order_of_batches():
-  """Far from the origin too, where sums of squares would cancel."""
-  x = np.random.default_rng(5).standard_normal((100, 3)) + 1e6
-  batches = np.split(x, [1, 30, 30, 77])  # One is empty.
-  for order in itertools.islice(itertools.permutations(batches), 0, 120, 17):
-    left, right = Moments(), Moments()
-    for batch in order[:2]:
-      left.update(batch)
-    for batch in order[2:]:
-      right.update(batch)
-    left.merge(right)
-    assert left.count == 100
-    np.testing.assert_allclose(left.mu, x.mean(axis=0), rtol=1e-14)
-    np.testing.assert_allclose(left.sigma, np.cov(x.T), rtol=1e-7, atol=1e-9)
-
-
-def test_merging_leaves_the_other_alone():
-  x = np.random.default_rng(6).standard_normal((20, 3))
-  total, other = Moments(), moments_of(x)
-  total.merge(other)
-  total.update(x)
-  np.testing.assert_allclose(other.sigma, np.cov(x.T))
-  assert (total.count, other.count) == (40, 20)
-
-
-def test_moments_are_resumed_from_disk(tmp_path):
-  x = np.random.default_rng(7).standard_normal((20, 3))
-  moments = moments_of(x[:8])
-  moments.save(tmp_path / 'moments.npz')
-  Moments().save(tmp_path / 'empty.npz')
-  resumed = Moments.load(tmp_path / 'moments.npz')
-  resumed.update(x[8:])
-  np.testing.assert_allclose(resumed.sigma, np.cov(x.T))
-  empty = Moments.load(tmp_path / 'empty.npz')
-  empty.update(x)
-  np.testing.assert_allclose(empty.sigma, np.cov(x.T))
-  assert sorted(p.name for p in tmp_path.iterdir()) == [
-    'empty.npz',
-    'moments.npz',
-  ]
-
-
-def test_bad_features_and_files_are_refused(tmp_path):
-  moments = moments_of(np.ones((4, 3)))
-  with pytest.raises(ValueError, match='not finite'):
-    moments.update(np.full((2, 3), np.nan))
-  with pytest.raises(ValueError, match='do not mix'):
-    moments.update(np.ones((2, 4)))
-  with pytest.raises(ValueError, match=r'\[N, D\]'):
-    moments.update(np.ones(3))
-  assert moments.count == 4
-  with pytest.raises(ValueError, match='use more'):
-    _ = moments_of(np.ones((1, 3))).sigma
-  with pytest.raises(FileNotFoundError, match=r'absent\.npz'):
-    Moments.load(tmp_path / 'absent.npz')
-  (tmp_path / 'bad.npz').write_bytes(b'PK\x03\x04 cut')
-  with pytest.raises(ValueError, match=r'bad\.npz'):
-    Moments.load(tmp_path / 'bad.npz')
-  np.savez(tmp_path / 'other.npz', x=1)
-  with pytest.raises(ValueError, match='holds no moments'):
-    Moments.load(tmp_path / 'other.npz')
-
-
 # --- Equal to torch-fidelity on the same features and subsets -----------------
 
 
 def make_clouds():
-  """Features of real images and of samples, and logits."""
+  """Return features of real images, features of samples, and logits."""
   rng = np.random.default_rng(0)
   real = rng.gamma(2.0, 1.0, (400, 16))
   fake = rng.gamma(2.2, 0.9, (400, 16))
@@ -240,7 +175,7 @@ def test_fid_equals_that_of_others(clouds, theirs):
 
 
 def test_kid_equals_torch_fidelity(clouds):
-  """A subset of everything is the same subset for all."""
+  """A subset of all images is the same in both projects."""
   real, fake, _ = clouds
   got = evaluation.kid(real, fake, subsets=1, subset_size=400)
   assert got.value == pytest.approx(0.22516885660365915, rel=1e-8)
@@ -248,7 +183,7 @@ def test_kid_equals_torch_fidelity(clouds):
 
 
 def test_kid_equals_torch_fidelity_on_its_subsets(clouds):
-  """The same seed draws the same subsets."""
+  """The same seed draws the same subsets in both projects."""
   real, fake, _ = clouds
   got = evaluation.kid(real, fake, subsets=20, subset_size=100, seed=2020)
   assert got.value == pytest.approx(-0.1329879713518352, rel=1e-10)
@@ -277,7 +212,7 @@ def test_precision_and_recall_equal_torch_fidelity(clouds):
 
 
 def test_kid_is_unbiased_and_knows_its_error():
-  """About 0 for one distribution, above it for two; seeded."""
+  """It is 0 within its error for one distribution, and larger for two."""
   rng = np.random.default_rng(8)
   a, b = rng.standard_normal((2, 1000, 8))
   same = evaluation.kid(a, b, subsets=50, subset_size=100)
@@ -293,7 +228,7 @@ def test_kid_is_unbiased_and_knows_its_error():
 
 
 def test_inception_score_of_certain_and_clueless_classifiers():
-  """Certain and balanced: the number of classes; clueless: 1."""
+  """The score is the number of classes, or 1."""
   certain = 1e3 * np.eye(8)[np.arange(80) % 8]
   assert evaluation.inception_score(certain, splits=1).value == pytest.approx(8)
   clueless = np.ones((80, 8))
@@ -305,7 +240,7 @@ def test_inception_score_of_certain_and_clueless_classifiers():
 
 
 def test_neighbours_against_all_pairs():
-  """Blocks of any size give what the definitions do."""
+  """The results are those of the definitions, for blocks of any size."""
   rng = np.random.default_rng(9)
   real, fake = rng.standard_normal((50, 3)), rng.standard_normal((40, 3)) + 0.7
   distances = lambda x, y: np.linalg.norm(x[:, None] - y[None], axis=-1)
@@ -328,7 +263,7 @@ def test_neighbours_against_all_pairs():
 
 
 def test_neighbours_of_modes():
-  """Samples of one of two modes: precise, but half is not recalled."""
+  """Samples of one of two modes have precision 1 and recall 1/2."""
   rng = np.random.default_rng(10)
   real = (
     rng.standard_normal((400, 2)) + [[9, 0]] * (np.arange(400) % 2)[:, None]
@@ -340,3 +275,65 @@ def test_neighbours_of_modes():
   assert 0.4 < got['recall'].value < 0.55
   assert 0.3 < got['coverage'].value < 0.55
   assert 0 < got['recall'].std_error < 0.03
+
+
+# --- All metrics at once ------------------------------------------------------
+
+
+@pytest.mark.filterwarnings('ignore:FID of')
+def test_scores_of_samples():
+  rng = np.random.default_rng(2)
+  real, fake = rng.standard_normal((2, 1100, 4))
+  stats = statistics.compute_stats(
+    [np.uint8(rng.integers(0, 256, (1100, 2, 2, 1)))], lambda _: real
+  )
+  logits = rng.standard_normal((1100, 3))
+  got = evaluation.score_samples(
+    [
+      {'pool_3': fake[:300], 'logits': logits[:300]},
+      {'pool_3': fake[300:], 'logits': logits[300:]},
+    ],
+    stats,
+  )
+  assert all(metric.value is not None for metric in got.values())
+  assert got['fid'].value < 0.05 and abs(got['kid'].value) < 0.01
+  assert got['precision'].value > 0.8 and got['is_10_splits'].std > 0
+  assert {metric.count for metric in got.values()} == {1100}
+
+
+def test_scores_that_cannot_be_had_say_why():
+  """Too few images, no logits, or no features of the reference."""
+  rng = np.random.default_rng(3)
+  real, fake = rng.standard_normal((100, 8)), rng.standard_normal((8, 8))
+  stats = statistics.ReferenceStats(
+    mu=real.mean(axis=0), sigma=np.cov(real.T), count=100, features=real
+  )
+  got = evaluation.score_samples([{'pool_3': fake}], stats)
+  assert 'at least 9' in got['fid'].note and '1000' in got['kid'].note
+  assert 'pool_3' in got['is_10_splits'].note
+  assert got['fid'].value is None and got['fid'].count == 8
+  assert got['coverage'].value is not None
+  bare = statistics.ReferenceStats(mu=stats.mu, sigma=stats.sigma)
+  with pytest.warns(UserWarning, match='8 images'):
+    got = evaluation.score_samples([{'pool_3': fake}], bare, allow_few=True)
+  assert got['fid'].value > 0
+  assert 'no features' in got['recall'].note and got['kid'].value is None
+
+
+# --- Distances of points ------------------------------------------------------
+
+
+def test_distances_of_shifted_points():
+  """A shift by (3, 4) has a sliced distance of 5 / sqrt(2)."""
+  rng = np.random.default_rng(0)
+  x, y = rng.standard_normal((2, 3000, 2))
+  np.testing.assert_allclose(
+    evaluation.sliced_wasserstein(x, x + np.array([3.0, 4.0])),
+    np.sqrt(12.5),
+    rtol=1e-6,
+  )
+  assert evaluation.sliced_wasserstein(x, y) < 0.1
+  assert abs(evaluation.energy_distance(x, y)) < 0.01
+  # Of normal distributions far apart: 2 E|x - y| - 2 E|x - x'|.
+  far = evaluation.energy_distance(x, y + np.array([100.0, 0.0]))
+  np.testing.assert_allclose(far, 2 * 100 - 2 * np.sqrt(np.pi), rtol=2e-3)

@@ -1,4 +1,4 @@
-"""Everything between a network and a number, against the paper's own release.
+"""Compare processes, scores, losses and samplers with the paper's release.
 
 The arrays are described in `tests/golden.py`.
 """
@@ -12,7 +12,6 @@ import pytest
 
 import likelihood
 import losses
-import sampling
 import sde_lib
 from models import score as score_lib
 from solvers import ode, plans, predictors
@@ -20,12 +19,12 @@ from tests import golden
 
 # (process, conditioning) of each case.
 PROCESSES = {
-  've_ncsnpp_continuous': (sde_lib.VESDE(), 'sigma'),
-  'vp_ddpmpp_continuous': (sde_lib.VPSDE(), 'time'),
-  'subvp_ncsnpp_continuous': (sde_lib.SubVPSDE(), 'time'),
-  've_ffhq_256_ncsnpp': (sde_lib.VESDE(sigma_max=348.0), 'sigma'),
-  'vp_ddpm': (sde_lib.DDPM(), 'ddpm_label'),
-  've_ncsnv2': (sde_lib.VESDE(num_scales=232), 'smld_label'),
+  've_ncsnpp_continuous': (sde_lib.VESDE(), score_lib.Sigma()),
+  'vp_ddpmpp_continuous': (sde_lib.VPSDE(), score_lib.Time()),
+  'subvp_ncsnpp_continuous': (sde_lib.SubVPSDE(), score_lib.Time()),
+  've_ffhq_256_ncsnpp': (sde_lib.VESDE(sigma_max=348.0), score_lib.Sigma()),
+  'vp_ddpm': (sde_lib.DDPM(), score_lib.DDPMLabel(num_scales=1000)),
+  've_ncsnv2': (sde_lib.VESDE(), score_lib.SMLDLabel(num_scales=232)),
 }
 CONTINUOUS = list(PROCESSES)[:4]
 NUM_SCALES = dict.fromkeys(PROCESSES, 1000) | {
@@ -47,7 +46,7 @@ def score_of(case):
 
 
 def near(got, want, tolerance=5e-5):
-  """Equal relative to the largest entry, as float32 convolutions allow."""
+  """Check that values agree, relative to the largest entry."""
   scale = np.abs(want).max() or 1.0
   np.testing.assert_allclose(got / scale, want / scale, atol=tolerance)
 
@@ -56,12 +55,12 @@ def near(got, want, tolerance=5e-5):
 def test_process(case):
   g, params = golden.load(case)
   assert sum(v.size for v in jax.tree.leaves(params)) == g['param_count']
-  # Of DDPM's chain the release computes marginals as those of its limit.
+  # For the chain of DDPM the release uses the marginals of the limit.
   sde = PROCESSES[case][0].continuous
   in_range = (lambda x: x) if case.startswith('ve') else (lambda x: 2 * x - 1)
   np.testing.assert_array_equal(in_range(g['data01']), g['data'])
   alpha, sigma = sde.marginal(g['t'])
-  # Near t = 0 the release's 1 - exp(..) has lost digits in float32.
+  # Near t = 0 the 1 - exp(..) of the release loses digits in float32.
   close(sigma, g['std'], rtol=1e-4)
   near(sde_lib.expand(alpha, g['data']) * g['data'], g['mean'])
   near(sde.perturb(g['data'], g['t'], g['z']), g['x'])
@@ -72,7 +71,7 @@ def test_process(case):
 
 
 def _chain_times(case, t):
-  """The grid point at or below t and its predecessor, as the release steps."""
+  """Return the level at or below t and the one before, as in the release."""
   sde, n = PROCESSES[case][0], NUM_SCALES[case]
   level = np.floor(t * (n - 1)) / (n - 1)
   if isinstance(sde, sde_lib.VESDE):
@@ -84,12 +83,12 @@ def _chain_times(case, t):
 
 @pytest.mark.parametrize('case', PROCESSES)
 def test_discretisation(case):
-  """x_t = a x_s + sqrt(v) z, there x + disc_f + disc_G z."""
+  """Compare x_t = a x_s + sqrt(v) z with x + disc_f + disc_G z."""
   g, _ = golden.load(case)
   sde, _ = PROCESSES[case]
   t, s = (np.float32(v) for v in _chain_times(case, g['t'].astype(float)))
   a, v = sde.discretize(s, t)
-  if isinstance(sde, sde_lib.VESDE):  # Below its lowest level it has sigma = 0.
+  if isinstance(sde, sde_lib.VESDE):  # sigma = 0 below the lowest level.
     v = np.where(s < 0, sde.marginal(t)[1] ** 2, v)
     assert (a == 1).all() and not g['disc_f'].any()
   else:
@@ -104,37 +103,38 @@ def test_predictors(case):
   score_fn = lambda x, t: jnp.asarray(g['score'])
   rng, x = jax.random.key(0), jnp.asarray(g['x'])
   t, s = (np.float32(v) for v in _chain_times(case, g['t'].astype(float)))
-  # At level 0 the release steps to sigma = 0: our final denoising.
+  # At level 0 the release steps to sigma = 0, which is denoising.
   last = (s < 0) & isinstance(sde, sde_lib.VESDE)
-  denoised = sampling.denoise(score_fn, sde, x, t)
+  denoised = sde.denoise(x, t, score_fn(x, t))
   _, v = sde.discretize(s, t)
   noise = np.where(last, sde.marginal(t)[1], np.sqrt(v))
   close(noise, g['reverse_diffusion_G'], rtol=1e-4)
 
   def mean(predictor, t, s):
-    step = predictor(score_fn, sde)(rng, x, t, s)[1]
+    step = predictor(rng, score_fn, sde, x, t, s)[1]
     return jnp.where(sde_lib.expand(last, x), denoised, step)
 
-  near(mean(predictors.reverse_diffusion, t, s), g['reverse_diffusion_x_mean'])
+  near(mean(predictors.ReverseDiffusion(), t, s), g['reverse_diffusion_x_mean'])
   if 'ancestral_x_mean' in g:
-    near(mean(predictors.ancestral, t, s), g['ancestral_x_mean'])
-  euler = predictors.euler_maruyama(score_fn, sde)
-  _, x_mean = euler(rng, x, g['t'], g['t'] - 1 / NUM_SCALES[case])
+    near(mean(predictors.Ancestral(), t, s), g['ancestral_x_mean'])
+  euler = predictors.EulerMaruyama()
+  t, s = g['t'], g['t'] - 1 / NUM_SCALES[case]
+  _, x_mean = euler(rng, score_fn, sde, x, t, s)
   near(x_mean, g['euler_maruyama_x_mean'])
 
 
 @pytest.mark.parametrize('case', ['vp_ddpm', 've_ncsnv2'])
 def test_score_of_discrete_models(case):
-  """The release reads its tables off the grid too; ours are on it."""
+  """Compare scores at levels; the release also reads tables between them."""
   g, _ = golden.load(case)
   sde, _ = PROCESSES[case]
   t = g['t'].astype(float)
-  levels = sde.num_scales - 1
+  levels = NUM_SCALES[case] - 1
   if case == 've_ncsnv2':
     t = 1 - np.rint((1 - t) * levels) / levels
     near(jax.jit(score_of(case))(g['x'], np.float32(t)), g['score'])
   else:
-    # Here it gives the network t (M - 1), and reads sigma at the floor of it.
+    # The release gives the network t (M - 1), and sigma at the floor of it.
     at_floor = np.float32(np.floor(t * levels) / levels)
     _, sigma = sde.marginal(at_floor)
     score = -jax.jit(network_of(case))(g['x'], np.float32(t * levels))
@@ -146,7 +146,7 @@ def test_score_and_losses(case):
   g, _ = golden.load(case)
   sde, _ = PROCESSES[case]
   t, score_fn = jnp.asarray(g['t']), jax.jit(score_of(case))
-  # As above, but for sigma near t = 0.
+  # The tolerance is larger because of sigma near t = 0.
   tolerance = 5e-5 if isinstance(sde, sde_lib.VESDE) else 1e-4
   near(score_fn(jnp.asarray(g['x']), t), g['score'], tolerance)
 
@@ -162,9 +162,9 @@ def test_score_and_losses(case):
     )
 
   names = {
-    'loss_mean_op': ('variance', 'mean'),
-    'loss_halfsum_op': ('variance', 'half_sum'),
-    'loss_likelihood_weighting_mean_op': ('likelihood', 'mean'),
+    'loss_mean_op': (losses.Variance(), losses.mean),
+    'loss_halfsum_op': (losses.Variance(), losses.half_sum),
+    'loss_likelihood_weighting_mean_op': (losses.Likelihood(), losses.mean),
   }
   for name, choice in names.items():
     close(loss(*choice), g[name], rtol=2e-4)
@@ -204,10 +204,10 @@ def test_ode_sample(case):
   assert abs(int(solution.nfe) - g['ode_nfe']) <= 0.1 * g['ode_nfe']
 
 
-@pytest.mark.slow  # A few hundred evaluations each way
+@pytest.mark.slow  # A few hundred evaluations in each direction
 @pytest.mark.parametrize('case', ODE_CASES)
 def test_codes(case):
-  """The release's samples encode to the codes that they were drawn from."""
+  """Check that samples of the release have the codes they were drawn from."""
   g, _ = golden.load(case)
   sde, _ = PROCESSES[case]
   encode = functools.partial(likelihood.encode, score_of(case), sde)
@@ -216,32 +216,23 @@ def test_codes(case):
   near(code.y, g['ode_z'], 1e-2)
 
 
-# The VP network is told 999 t through sines, and was hardly trained: it takes
-# more steps to follow those.
+# The VP network gets sines of 999 t and was hardly trained, so it varies fast
+# with t and needs more steps.
 @pytest.mark.parametrize(
   'case,solver,num_steps',
   [
-    ('ve_ncsnpp_continuous', plans.unipc, 150),
-    ('vp_ddpmpp_continuous', plans.dpmpp_2m, 500),
+    ('ve_ncsnpp_continuous', plans.UniPC, 150),
+    ('vp_ddpmpp_continuous', plans.DPMpp2M, 500),
   ],
 )
 def test_fast_solvers_reach_the_ode_sample(case, solver, num_steps):
   g, _ = golden.load(case)
   sde, _ = PROCESSES[case]
 
-  @jax.jit
-  def solve(z):
-    return sampling.plan_sample(
-      None,
-      score_of(case),
-      sde,
-      z,
-      solver=solver,
-      num_steps=num_steps + 1,
-      eps=float(g['ode_eps']),
-      final_denoise=False,
-    )
-
+  sampler = solver(
+    num_steps=num_steps + 1, eps=float(g['ode_eps']), final_denoise=False
+  )
+  solve = jax.jit(functools.partial(sampler, None, score_of(case), sde))
   samples = solve(g['ode_z'])
   near(samples.x, g['ode_x'], 1e-3)
   assert int(samples.nfe) == num_steps
@@ -250,7 +241,7 @@ def test_fast_solvers_reach_the_ode_sample(case, solver, num_steps):
 @pytest.mark.slow  # 1,500 to 2,900 evaluations of a network and its derivative
 @pytest.mark.parametrize('case', ODE_CASES)
 def test_likelihood(case):
-  """Agrees to 1e-2: near t = 0 the release's sigma cancels in float32."""
+  """Compare to 1e-2, since sigma of the release cancels near t = 0."""
   g, _ = golden.load(case)
   sde, _ = PROCESSES[case]
   compute = jax.jit(

@@ -1,4 +1,4 @@
-"""Likelihoods and latent codes against closed forms."""
+"""Test likelihoods and latent codes against closed forms."""
 
 import functools
 
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import likelihood
-import sampling
 import sde_lib
+from solvers import ode
 from tests.exact import MIXTURE, Mixture
 
 SDES = [
@@ -23,7 +23,7 @@ name = lambda sde: type(sde).__name__
 
 @functools.cache
 def exact_likelihood(data, sde, tolerance=1e-5):
-  """log_likelihood(x, probes) of the exact score, compiled."""
+  """Return log_likelihood(x, probes) of the exact score, compiled."""
   return jax.jit(
     functools.partial(
       likelihood.log_likelihood,
@@ -38,8 +38,8 @@ def exact_likelihood(data, sde, tolerance=1e-5):
 @pytest.mark.parametrize('sde', SDES, ids=name)
 @pytest.mark.parametrize('trace', ['exact', 'rademacher'])
 def test_bits_per_dim_of_a_gaussian(sde, trace):
-  """For an isotropic Gaussian Rademacher's estimate has no variance."""
-  # Centred, or its marginal at t = 1 would differ from the prior by alpha mean.
+  """Compare with the density; Rademacher probes have no variance here."""
+  # Centred, because otherwise the marginal at t = 1 has the mean alpha mean.
   data = Mixture(means=((0.0, 0.0),) * 2)
   x = jnp.asarray(data.sample(0, 64))
   probes = None
@@ -60,19 +60,18 @@ def test_bits_per_dim_of_a_gaussian(sde, trace):
 
 @pytest.mark.parametrize('kind', likelihood.PROBES)
 def test_probes_tell_their_error(kind):
-  """On a mixture: the exact trace is right, and estimates are so far from it as
-  their own standard errors say."""
+  """Check that estimates differ from the exact trace by about their errors."""
   sde = sde_lib.VPSDE()
   x = jnp.asarray(MIXTURE.sample(0, 200))
   truth = MIXTURE.logp(x, *sde.marginal(1e-5))
   exact = exact_likelihood(MIXTURE, sde)(x, None)
-  # The prior differs from the marginal at t = 1, of which alpha is 0.0066.
+  # The prior differs from the marginal at t = 1, where alpha is 0.0066.
   np.testing.assert_allclose(exact.logp, truth, atol=0.02)
 
   draw = likelihood.PROBES[kind]
   probes = draw(jax.random.key(0), (64, *x.shape))
   estimate = exact_likelihood(MIXTURE, sde, 1e-4)(x, probes)
-  # t of 63 degrees of freedom, nearly normal where an error is not tiny.
+  # Student's t with 63 degrees of freedom; nearly normal for errors > 1e-3.
   error = np.asarray(estimate.std_error)
   seen = error > 1e-3
   assert seen.mean() > 0.8
@@ -88,7 +87,7 @@ def test_probes_tell_their_error(kind):
 
 
 def test_divergence_is_unbiased():
-  """Averaged over all Rademacher probes it is the trace of the Jacobian."""
+  """Check that the mean over all probes is the trace of the Jacobian."""
   sde, t = sde_lib.SubVPSDE(), jnp.full((4,), 0.3)
   x = jnp.asarray(MIXTURE.sample(0, 4))
   score_fn = MIXTURE.score_fn(sde)
@@ -107,7 +106,7 @@ def test_divergence_is_unbiased():
 
 
 def test_exact_trace_of_images():
-  """More dimensions than are taken at once; the Jacobian is not diagonal."""
+  """Check more dimensions than one batch of products, not diagonal."""
   sde, t = sde_lib.VESDE(), jnp.full((2,), 0.5)
   w = np.random.default_rng(0).normal(size=(18, 18)).astype(np.float32)
   score_fn = lambda x, t: jnp.tanh(x.reshape(2, 18) @ w).reshape(x.shape)
@@ -130,21 +129,21 @@ def test_latent_code_decodes_to_the_data(sde):
   @jax.jit
   def round_trip(x):
     code = likelihood.encode(score_fn, sde, x)
-    z, options = code.y, {'eps': 1e-5, 'rtol': 1e-5, 'atol': 1e-5}
-    decoded = sampling.ode_sample(None, score_fn, sde, z, **options)
-    return z, decoded.x, code.success & decoded.success
+    decode = ode.ODE(eps=1e-5, rtol=1e-5, atol=1e-5, final_denoise=False)
+    decoded = decode(None, score_fn, sde, code.y)
+    return code.y, decoded.x, code.success & decoded.success
 
   z, decoded, success = round_trip(x)
   assert success
   np.testing.assert_allclose(decoded, x, atol=1e-3)
-  # The same code as the likelihood's.
+  # The likelihood returns the same code.
   result = exact_likelihood(MIXTURE, sde)(x, None)
   np.testing.assert_allclose(z, result.z, atol=2e-3 * sde.prior_std)
 
 
 @pytest.mark.parametrize('sde', SDES, ids=name)
 def test_code_of_a_gaussian(sde):
-  """The ODE scales a centred Gaussian, std s to sqrt(alpha^2 s^2 + sigma^2)."""
+  """Check that the ODE scales s to sqrt(alpha^2 s^2 + sigma^2)."""
   data = Mixture(means=((0.0, 0.0),) * 2)
   x = jnp.asarray(data.sample(0, 64))
   encode = functools.partial(likelihood.encode, data.score_fn(sde), sde)
@@ -163,7 +162,7 @@ def test_interpolation_keeps_to_the_sphere():
   path = np.asarray(likelihood.interpolate(z0, z1, weights), np.float64)
   np.testing.assert_allclose(path[0], z0, atol=1e-6)
   np.testing.assert_allclose(path[-1], z1, atol=1e-6)
-  # Of codes of equal norm: equal angles, and that norm.
+  # For codes of equal norm all angles are equal, and the norm is kept.
   z0, z1 = (z / np.linalg.norm(z.reshape(5, -1), axis=1)[:, None, None, None]
             for z in (np.asarray(z0), np.asarray(z1)))  # fmt: skip
   path = np.reshape(likelihood.interpolate(z0, z1, weights), (7, 5, -1))
@@ -172,6 +171,6 @@ def test_interpolation_keeps_to_the_sphere():
   whole = np.arccos(np.sum(path[0] * path[-1], axis=-1))
   steps = np.broadcast_to(whole / 6, (6, 5))
   np.testing.assert_allclose(np.arccos(cosines), steps, rtol=1e-3)
-  # A code and itself: no circle, and no NaN.
+  # Two equal codes define no circle, but give no NaN.
   still = likelihood.interpolate(z0, z0, weights)
   np.testing.assert_allclose(still, np.broadcast_to(z0, still.shape), atol=1e-5)

@@ -1,4 +1,4 @@
-"""Objectives: golden numbers, closed forms and the optimizer's schedule."""
+"""Test the losses against closed forms, and the optimizer's schedule."""
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ import pytest
 
 import losses
 import sde_lib
+from runtime import options
 from tests.exact import GAUSSIAN
 
 SDES = [
@@ -22,15 +23,14 @@ name = lambda sde: type(sde).__name__
 @pytest.mark.parametrize('sde', SDES, ids=name)
 @pytest.mark.parametrize('weighting', ['variance', 'likelihood'])
 def test_the_exact_score_minimises_the_loss(sde, weighting):
-  """Scaling or shifting the closed-form score of Gaussian data costs loss."""
+  """Check that scaling or shifting the exact score increases the loss."""
   x0 = jnp.asarray(GAUSSIAN.sample(0, 20_000))
   exact = GAUSSIAN.score_fn(sde)
 
   def loss(score_fn):
-    values = losses.score_matching(
-      jax.random.key(0), score_fn, sde, x0, weighting=weighting, eps=1e-2
-    )
-    return jnp.mean(values)
+    weigh = losses.WEIGHTINGS[weighting]()
+    objective = losses.ScoreMatching(weighting=weigh, eps=1e-2)
+    return jnp.mean(objective(jax.random.key(0), score_fn, sde, x0))
 
   best = loss(exact)
   assert best < loss(lambda x, t: 0.9 * exact(x, t))
@@ -43,15 +43,9 @@ def test_importance_sampling_estimates_the_same_loss(sde):
   x0 = jnp.asarray(GAUSSIAN.sample(0, 50_000))
   zero = lambda x, t: jnp.zeros_like(x)
   estimates = {
-    times: losses.score_matching(
-      jax.random.key(1),
-      zero,
-      sde,
-      x0,
-      times=times,
-      weighting='likelihood',
-      eps=0.01,
-    )
+    times: losses.ScoreMatching(
+      times=losses.TIMES[times](), weighting=losses.Likelihood(), eps=0.01
+    )(jax.random.key(1), zero, sde, x0)
     for times in ('uniform', 'importance')
   }
   uniform, importance = estimates['uniform'], estimates['importance']
@@ -59,7 +53,7 @@ def test_importance_sampling_estimates_the_same_loss(sde):
   np.testing.assert_allclose(
     jnp.mean(importance), jnp.mean(uniform), atol=4 * error
   )
-  if isinstance(sde, sde_lib.VESDE):  # log SNR is linear in t
+  if isinstance(sde, sde_lib.VESDE):  # There log SNR is linear in t.
     np.testing.assert_allclose(importance, uniform, rtol=1e-3, atol=1e-4)
   else:
     assert jnp.std(importance) < 0.8 * jnp.std(uniform)
@@ -67,20 +61,20 @@ def test_importance_sampling_estimates_the_same_loss(sde):
 
 def test_grid_times_are_the_levels():
   sde = sde_lib.DDPM(num_scales=50)
-  t, weight = losses.grid_times(jax.random.key(0), sde, 5000, 0.0)
+  times = losses.Grid(num_scales=50)
+  t, weight = times(jax.random.key(0), sde, 5000, 0.0)
   labels = np.asarray(t) * 49
   np.testing.assert_allclose(labels, np.rint(labels), atol=1e-4)
   assert set(np.rint(labels)) == set(range(50))
   assert (weight == 1).all()
   with pytest.raises(ValueError, match='num_scales'):
-    losses.grid_times(jax.random.key(0), sde_lib.VPSDE(), 2, 0.0)
+    losses.Grid()
 
 
 def test_loss_is_per_example():
   x0 = jnp.zeros((3, 4, 4, 1))
-  value = losses.score_matching(
-    jax.random.key(0), lambda x, t: -x, sde_lib.VPSDE(), x0
-  )
+  loss = losses.ScoreMatching()
+  value = loss(jax.random.key(0), lambda x, t: -x, sde_lib.VPSDE(), x0)
   assert value.shape == (3,)
 
 
@@ -89,11 +83,12 @@ def _step(optimizer, grads, params, state):
   return optax.apply_updates(params, updates), state
 
 
-ADAM = {'beta1': 0.9, 'beta2': 0.999, 'eps': 1e-8, 'weight_decay': 0.0}
+def make_optimizer(**changes):
+  return losses.make_optimizer(losses.Adam(**changes))
 
 
 def test_warmup_starts_at_zero_and_adam_moves_by_lr():
-  optimizer = losses.make_optimizer(lr=0.1, warmup=4, grad_clip=0.0, **ADAM)
+  optimizer = make_optimizer(lr=0.1, warmup=4, grad_clip=0.0)
   params, moves = {'w': jnp.ones(3)}, []
   state = optimizer.init(params)
   for _ in range(6):
@@ -106,17 +101,17 @@ def test_warmup_starts_at_zero_and_adam_moves_by_lr():
 
 
 def test_lr_is_not_part_of_the_state():
-  """A resumed run takes its rate from the config that it is resumed with."""
+  """Check that a resumed run takes the learning rate of its new config."""
   params, grads = {'w': jnp.ones(3)}, {'w': jnp.ones(3)}
-  first = losses.make_optimizer(lr=0.1, warmup=0, grad_clip=1.0, **ADAM)
-  second = losses.make_optimizer(lr=0.3, warmup=0, grad_clip=1.0, **ADAM)
+  first = make_optimizer(lr=0.1, warmup=0, grad_clip=1.0)
+  second = make_optimizer(lr=0.3, warmup=0, grad_clip=1.0)
   params, state = _step(first, grads, params, first.init(params))
   moved, _ = _step(second, grads, params, state)
   np.testing.assert_allclose(params['w'] - moved['w'], 0.3, rtol=1e-4)
 
 
 def test_clipping_is_by_global_norm():
-  optimizer = losses.make_optimizer(lr=1.0, warmup=0, grad_clip=1.0, **ADAM)
+  optimizer = make_optimizer(lr=1.0, warmup=0, grad_clip=1.0)
   clipped = optimizer.init({'a': jnp.zeros(1), 'b': jnp.zeros(1)})
   grads = {'a': jnp.asarray([30.0]), 'b': jnp.asarray([40.0])}
   _, state = optimizer.update(grads, clipped, grads)
@@ -132,3 +127,58 @@ def test_ema_decay():
   np.testing.assert_allclose(
     losses.ema_decay(10**6, rate=0.999, warmup=True), 0.999
   )
+
+
+@pytest.mark.parametrize(
+  ('cls', 'values'),
+  [
+    (losses.ScoreMatching, {'eps': 1.0}),
+    (losses.ScoreMatching, {'eps': -1e-5}),
+    (losses.Classification, {'eps': float('nan')}),
+    (losses.Lognormal, {'p_std': 0.0}),
+    (losses.EDM, {'sigma_data': 0.0}),
+    (losses.Adam, {'beta2': 1.0}),
+    (losses.Adam, {'warmup': 0.5}),
+    (losses.Adam, {'grad_clip': -1.0}),
+  ],
+)
+def test_options_out_of_range_are_refused(cls, values):
+  with pytest.raises(ValueError, match=f'{cls.__name__}: {[*values][0]}='):
+    cls(**values)
+
+
+def test_a_section_of_a_config_makes_the_loss():
+  section = {
+    'loss': 'score_matching',
+    'objective': 'explicit',
+    'times': 'grid',
+    'weighting': 'edm',
+    'reduction': 'half_sum',
+    'eps': 1e-3,
+  }
+  target = lambda x, t: -x
+  given = {'num_scales': 7, 'sigma_data': 0.3, 'target': target}
+  make = lambda **changes: options.build(
+    losses.LOSSES, section | changes, 'training.loss', **given
+  )
+  assert make() == losses.ScoreMatching(
+    objective=losses.Explicit(target=target),
+    times=losses.Grid(num_scales=7),
+    weighting=losses.EDM(sigma_data=0.3),
+    reduction=losses.half_sum,
+    eps=1e-3,
+  )
+  make().check(sde_lib.EDM())
+  with pytest.raises(ValueError, match="weighting='edm' needs sde.name='edm'"):
+    make().check(sde_lib.VESDE())
+  with pytest.raises(ValueError, match='config.training.eps=2'):
+    make(eps=2)
+  times = make(loss='classification', times='lognormal', p_std=2.0)
+  assert times == losses.Classification(
+    times=losses.Lognormal(p_std=2.0), eps=1e-3
+  )
+  given = {}
+  with pytest.raises(ValueError, match='set training.num_scales'):
+    make(objective='sliced', reduction='mean')
+  with pytest.raises(ValueError, match='data.dataset'):
+    make(times='uniform')

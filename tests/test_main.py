@@ -1,5 +1,6 @@
-"""The command line: what goes wrong is one clear line, and changes nothing."""
+"""The command line: an error is one clear line, and no file changes."""
 
+import json
 import os
 import pathlib
 import pickle
@@ -12,7 +13,11 @@ import numpy as np
 import pytest
 from absl import app, flags
 
+import experiment
+from checkpoints import formats
 from checkpoints.workdir import Checkpoints
+from commands import exchange
+from configs import schema
 from tests import golden, tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -20,7 +25,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-  """A workdir that main.py trained for two steps, and what it printed."""
+  """Return a workdir that main.py trained for two steps, and its output."""
   workdir = tmp_path_factory.mktemp('trained') / 'run'
   done = subprocess.run(
     [sys.executable, 'main.py', '--config', 'tests/tiny.py', '--mode', 'train']
@@ -35,24 +40,30 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-  """call(*arguments) -> the line on stderr, of a command that must fail."""
+def command(monkeypatch):
+  """Return run(*arguments) -> exit status or line, of main.py."""
   monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', tiny.CACHE)
 
   def run(*arguments):
     import main
 
-    argv = ['main.py', '--config', str(ROOT / 'tests' / 'tiny.py'), *arguments]
-    # Overrides are looked up there.
-    monkeypatch.setattr(sys, 'argv', argv)
     flags.FLAGS.unparse_flags()
     with pytest.raises(SystemExit) as stopped:
-      main.check_overrides(argv[1:])
-      app.run(main.main, argv=argv)
-    assert stopped.value.code not in (0, None)
-    if isinstance(stopped.value.code, str):
-      return stopped.value.code
-    return capsys.readouterr().err
+      argv = ['main.py', *map(str, arguments)]
+      app.run(main.main, argv=argv, flags_parser=main.parse)
+    return stopped.value.code
+
+  return run
+
+
+@pytest.fixture
+def call(command, capsys):
+  """Return run(*arguments) -> the line on stderr, of a command that fails."""
+
+  def run(*arguments):
+    code = command('--config', ROOT / 'tests' / 'tiny.py', *arguments)
+    assert code not in (0, None)
+    return code if isinstance(code, str) else capsys.readouterr().err
 
   return run
 
@@ -79,7 +90,7 @@ def test_nothing_left_to_do(trained, capsys):
 
   before = contents(trained[0])
   run_lib.train(tiny.get_config(training__n_iters=2), trained[0])
-  assert 'Nothing to do: 2 of 2 steps done.' in capsys.readouterr().out
+  assert 'Nothing to do: 2 of 2 steps are done.' in capsys.readouterr().out
   assert contents(trained[0]) == before
 
 
@@ -88,12 +99,12 @@ def test_nothing_left_to_do(trained, capsys):
   [
     (
       '--config.training.batch_sise=12',
-      'error: config.training.batch_sise does not exist. Did you mean '
+      'error: config.training.batch_sise does not exist: did you mean '
       'config.training.batch_size?',
     ),
     (
       '--config.lr=1',
-      'error: config.lr does not exist. Did you mean config.optim.lr?',
+      'error: config.lr does not exist: did you mean config.optim.lr?',
     ),
     ('--config.training.batch_size=many', 'batch_size=many'),
     ('--mode=trian', 'should be one of <train|eval|'),
@@ -105,11 +116,11 @@ def test_nothing_left_to_do(trained, capsys):
     (
       '--config.training.grad_accumulation=3',
       'error: config.training.batch_size=8 does not divide by '
-      'grad_accumulation=3.',
+      'config.training.grad_accumulation=3.',
     ),
     (
       '--config.sampling.predictor=euler',
-      "error: config.sampling.predictor='euler' is none of ['",
+      "error: config.sampling.predictor='euler' is unknown: use one of euler",
     ),
   ],
 )
@@ -212,15 +223,11 @@ def test_import_needs_a_file_and_a_new_workdir(call, trained, tmp_path):
 
 
 def test_import_that_dies_leaves_no_workdir(call, tmp_path, monkeypatch):
-  """Killed when the checkpoint was saved, and repeated."""
-  import experiment
-  from checkpoints import formats
-  from commands import exchange
-
+  """It is killed when the checkpoint was saved, and repeated."""
   config, workdir = tiny.get_config(), tmp_path / 'run'
-  like = experiment.abstract_params(config)
+  like = experiment.build(config).abstract_params()
   params = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), like)
-  formats.export(tmp_path / 'model', config, params)
+  formats.export(tmp_path / 'model', config.to_json_best_effort(), params)
 
   def die(self):
     raise KeyboardInterrupt
@@ -237,7 +244,7 @@ def test_import_that_dies_leaves_no_workdir(call, tmp_path, monkeypatch):
 
 
 def test_export_that_diffusers_cannot_represent(call, trained, tmp_path):
-  """It is said before anything is read."""
+  """The error comes before anything is read."""
   error = call(
     '--workdir',
     str(trained[0]),
@@ -257,3 +264,219 @@ def test_no_tensorflow():
     'for name in sys.modules))'
   )
   subprocess.run([sys.executable, '-c', program], cwd=ROOT, check=True)
+
+
+# ------------------------------------------------------- which config is read
+
+
+@pytest.mark.parametrize(
+  ('argument', 'value'),
+  [
+    ('--config.model.ch_mult=(1, 2)', (1, 2)),
+    ('--config.model.ch_mult=[1, 2]', (1, 2)),
+    ('--config.model.ch_mult=1,2', (1, 2)),
+    ('--config.model.ch_mult=3', (3,)),
+    ('--config.model.attn_resolutions=()', ()),
+    ('--config.optim.lr=1e-2', 0.01),
+    ('--config.optim.lr=1', 1.0),
+    ('--config.training.batch_size=12', 12),
+    ('--config.training.snapshot_sampling', True),
+    ('--noconfig.data.random_flip', False),
+    ('--config.data.random_flip=false', False),
+    ('--config.sampling.corrector=ald', 'ald'),
+    ('--config.sampling.corrector=annealed_langevin', 'ald'),
+    ('--config.data.path=', ''),
+    ('--config.eval.checkpoint=7', '7'),
+    ('--config.seed=3', 3),
+  ],
+)
+def test_override(tmp_path, argument, value):
+  import main
+
+  flags.FLAGS.unparse_flags()
+  argv = ['main.py', '--config', str(ROOT / 'tests' / 'tiny.py'), argument]
+  main.parse([*argv, '--workdir', str(tmp_path), '--mode=train'])
+  config = main.read_config()
+  name = argument.removeprefix('--no').strip('-').partition('=')[0]
+  path = name.removeprefix('config.')
+  got = dict(schema.leaves(config))[path]
+  assert got == value and type(got) is type(value)
+  schema.check(config)
+  # Nothing else changes.
+  want = dict(schema.leaves(tiny.get_config())) | {path: value}
+  assert dict(schema.leaves(config)) == want
+
+
+def test_bad_tuple(call, tmp_path):
+  error = call(
+    '--workdir', tmp_path, '--mode=train', '--config.model.ch_mult=(1, 2'
+  )
+  assert 'is no tuple such as (1, 2)' in error and 'ch_mult' in error
+
+
+@pytest.mark.parametrize('missing', ['mode', 'workdir', 'config'])
+def test_missing_flag(command, tmp_path, missing):
+  given = {
+    'mode': 'train',
+    'workdir': tmp_path / 'run',
+    'config': ROOT / 'tests' / 'tiny.py',
+  }
+  given.pop(missing)
+  error = command(*(f'--{name}={value}' for name, value in given.items()))
+  assert error.startswith('error: ') and f'--{missing}' in error
+  assert len(error.splitlines()) == 1
+  assert not any(tmp_path.iterdir())
+
+
+def test_help_config(command, capsys):
+  """All keys are printed, and nothing else is needed for it."""
+  assert not command('--help_config')
+  printed = capsys.readouterr().out
+  for path, key in schema.KEYS.items():
+    assert f'--config.{path}={key.option.default!r}\n' in printed
+    assert key.option.meaning in printed
+
+
+@pytest.fixture(params=['none', 'json', 'file'])
+def config_arguments(request, trained):
+  """Return the three ways to give the config of a run: all mean the same."""
+  return {
+    'none': [],
+    'json': ['--config', trained[0] / 'config.json'],
+    'file': ['--config', ROOT / 'tests' / 'tiny.py'],
+  }[request.param]
+
+
+def test_sample_with_the_config_of_the_run(
+  command, trained, tmp_path, config_arguments
+):
+  workdir = tmp_path / 'run'
+  shutil.copytree(trained[0], workdir)
+  before = (workdir / 'config.json').read_bytes()
+  stopped = command(
+    '--workdir',
+    workdir,
+    '--mode=sample',
+    '--config.sampling.num_samples=5',
+    '--config.sampling.corrector=none',
+    *config_arguments,
+  )
+  assert not stopped
+  (path,) = (workdir / 'samples').glob('step_2-*.npz')
+  with np.load(path) as file:
+    assert file['images'].shape == (5, 8, 8, 1) and file['nfe'] == 3
+  # Sampling does not change what the run was trained with.
+  assert (workdir / 'config.json').read_bytes() == before
+
+
+@pytest.mark.parametrize('mode', ['sample', 'eval', 'encode', 'export'])
+def test_no_config_and_no_run(command, tmp_path, mode):
+  error = command('--workdir', tmp_path / 'run', f'--mode={mode}')
+  assert error.startswith('error: ')
+  assert 'train with this --workdir first' in error
+  assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('mode', ['sample', 'eval', 'encode'])
+def test_keys_of_the_run_are_refused(call, trained, mode):
+  """What a run was trained with cannot be another in any mode."""
+  before = contents(trained[0])
+  for key, value in {
+    'sde.sigma_max': 11.0,
+    'model.nf': 16,
+    'data.centered': True,
+    'training.num_scales': 10,
+  }.items():
+    error = call(
+      '--workdir', trained[0], f'--mode={mode}', f'--config.{key}={value}'
+    )
+    assert f'config.{key}=' in error and f'not {value!r}' in error
+    assert len(error.splitlines()) == 1
+  assert contents(trained[0]) == before
+
+
+@pytest.mark.parametrize(
+  ('content', 'message'),
+  [
+    ('{"model": {"nf": 8', 'is no config'),
+    ('[1, 2]', 'is no config'),
+    ('{"training": {"batch_sise": 8}}', 'config.training.batch_sise does not'),
+    ('{"training": {"batch_size": "8"}}', "config.training.batch_size='8' is"),
+    (None, 'There is no config file'),
+  ],
+)
+def test_bad_config_file(command, tmp_path, content, message):
+  path = tmp_path / 'config.json'
+  if content:
+    path.write_text(content)
+  error = command(
+    '--config', path, '--workdir', tmp_path / 'run', '--mode=sample'
+  )
+  assert error.startswith('error: ') and message in error
+  assert len(error.splitlines()) == 1
+
+
+def test_option_without_effect_is_a_warning(trained, tmp_path):
+  """One line on stderr names the option and what it has no effect with."""
+  workdir = tmp_path / 'run'
+  shutil.copytree(trained[0], workdir)
+  done = subprocess.run(
+    [sys.executable, 'main.py', '--workdir', workdir, '--mode', 'sample']
+    + ['--config.sampling.num_samples=2', '--config.sampling.method=heun']
+    + ['--config.sampling.sde_rtol=0.5'],
+    cwd=ROOT,
+    env=os.environ | {'JAX_COMPILATION_CACHE_DIR': tiny.CACHE},
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  lines = [line for line in done.stderr.splitlines() if 'warning: ' in line]
+  assert len(lines) == 1
+  assert 'sde_rtol=0.5' in lines[0] and "method='heun'" in lines[0]
+
+
+def test_frames_of_a_sampler_without_frames(call, trained):
+  error = call(
+    '--workdir',
+    trained[0],
+    '--mode=sample',
+    '--config.sampling.method=ula',
+    '--config.sampling.frames=4',
+  )
+  assert 'sampling.frames=4' in error and len(error.splitlines()) == 1
+
+
+# ------------------------------------------------------------------- notebook
+
+
+@pytest.mark.parametrize('kind', ['workdir', 'file'])
+def test_load(trained, tmp_path, kind):
+  """Two lines of a notebook: load and sample."""
+  path = trained[0]
+  if kind == 'file':
+    path = tmp_path / 'model.safetensors'
+    exchange.export(tiny.get_config(), trained[0], path)
+  model, params = experiment.load(path)
+  assert dict(schema.leaves(model.config)) == dict(
+    schema.leaves(tiny.get_config(training__n_iters=2))
+  ) | ({} if kind == 'workdir' else {'training.n_iters': 8})
+  images = model.sample(params, jax.random.key(0), 3)
+  assert images.shape == (3, 8, 8, 1) and images.dtype == np.uint8
+  again = model.sample(params, jax.random.key(0), 3)
+  np.testing.assert_array_equal(images, again)
+  other = model.sample(params, jax.random.key(1), 3)
+  assert np.any(images != other)
+
+
+def test_load_an_older_config(trained, tmp_path):
+  """Keys and values that were renamed are read as what they are today."""
+  workdir = tmp_path / 'run'
+  shutil.copytree(trained[0], workdir)
+  old = json.loads((workdir / 'config.json').read_text())
+  old['sde']['num_scales'] = old['training'].pop('num_scales')
+  old['sampling']['corrector'] = 'annealed_langevin'
+  (workdir / 'config.json').write_text(json.dumps(old))
+  model, params = experiment.load(workdir)
+  assert model.config.training.num_scales == 0
+  assert model.config.sampling.corrector == 'ald'
+  assert model.sample(params, jax.random.key(0), 2).shape == (2, 8, 8, 1)

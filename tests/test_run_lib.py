@@ -1,4 +1,4 @@
-"""Training on many devices and hosts, killed and resumed, and gone astray."""
+"""Training on many devices and hosts, killed and resumed, and diverging."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +28,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 OVERRIDES = {'training__n_iters': 12, 'training__snapshot_sampling': True}
 CONFIG = tiny.get_config(**OVERRIDES)
 
-# Trains in a process of its own: workdir, devices, and of several processes
-# the number of this one and a port.
+# Trains in another process. Arguments: workdir, number of devices and, with two
+# processes, the number of this one and a port.
 WORKER = f"""
 import sys
 import jax
@@ -46,7 +47,7 @@ if not process:
     print(error)
 """
 
-# As main.py, but killed the moment it has logged step 9.
+# Runs main.py, but kills it as soon as it has logged step 9.
 KILLED = f"""
 import os, runpy, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -77,7 +78,7 @@ def start(program, *arguments):
 
 
 def logged(workdir, name='loss'):
-  """{step: value} of a scalar in train.jsonl, in which no step comes twice."""
+  """Return {step: value} of a scalar in train.jsonl; check the steps."""
   lines = (pathlib.Path(workdir) / 'train.jsonl').read_text().splitlines()
   records = [json.loads(line) for line in lines]
   steps = [record['step'] for record in records]
@@ -86,10 +87,10 @@ def logged(workdir, name='loss'):
 
 
 def restored(workdir, step):
-  """The arrays of a checkpoint, by path."""
-  layout = make_layout()
-  init, _ = run_lib.make_init(CONFIG, layout)
-  like = jax.eval_shape(init, experiment.abstract_params(CONFIG))
+  """Return the arrays of a checkpoint, by path."""
+  layout, model = make_layout(), experiment.build(CONFIG)
+  init, _ = run_lib.make_init(model, layout)
+  like = jax.eval_shape(init, model.abstract_params())
   like = replicated(like, layout)._asdict()
   ema = like.pop('ema')
   with Checkpoints(workdir) as saved:
@@ -102,7 +103,7 @@ def restored(workdir, step):
 
 
 def assert_same(workdir, other):
-  """Bit by bit: losses, and all of the last checkpoint."""
+  """Check that losses and the last checkpoint are the same, bit by bit."""
   assert logged(workdir) == logged(other)
   ours, theirs = logged(workdir, 'test_loss'), logged(other, 'test_loss')
   for step in (4, 8, 12):
@@ -114,7 +115,7 @@ def assert_same(workdir, other):
 
 
 def assert_close(workdir, other):
-  """Up to the order of sums: losses, and the samples of the last step."""
+  """Check losses and samples of the last step, up to the order of sums."""
   for name in ('loss', 'test_loss'):
     ours, theirs = logged(workdir, name), logged(other, name)
     assert ours.keys() == theirs.keys()
@@ -133,7 +134,7 @@ def samples(workdir):
 
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
-  """The run that nothing interrupts."""
+  """Return the workdir of a run that is not interrupted."""
   workdir = tmp_path_factory.mktemp('finished')
   run_lib.train(CONFIG, workdir)
   return workdir
@@ -141,7 +142,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def copied(finished, tmp_path):
-  """A copy of it, to go on from."""
+  """Return a copy of that workdir, to continue from."""
   shutil.copytree(finished, tmp_path / 'run')
   return tmp_path / 'run'
 
@@ -151,7 +152,7 @@ def test_uninterrupted(finished):
   assert list(losses) == list(range(1, 13))
   assert np.isfinite(list(losses.values())).all()
   assert list(logged(finished, 'test_loss')) == [4, 8, 12]
-  # 64 pictures, as noisy as three steps leave them.
+  # 64 images, which are still noisy after three steps.
   assert samples(finished).shape == (8 * 64 + 7 * 2,) * 2
   assert 20 < samples(finished).std() < 128
 
@@ -182,7 +183,7 @@ def test_two_processes_are_as_one(finished, tmp_path):
   assert '2 cpu device(s)' in outputs[0][0]
   assert 'cpu device(s)' not in outputs[1][0]
   assert_close(workdir, finished)
-  # What two processes saved, one can read.
+  # One process can read what two processes saved.
   ours, theirs = restored(workdir, 12), restored(finished, 12)
   for path, value in ours.items():
     np.testing.assert_allclose(
@@ -261,8 +262,8 @@ def test_several_steps_in_a_call(finished, tmp_path):
     np.testing.assert_array_equal(value, theirs[path], path)
 
 
-def test_resumed_off_the_beat(copied):
-  """From step 12 in calls of 8 steps: logs and checkpoints still come."""
+def test_resumed_between_multiples_of_a_call(copied):
+  """Logs and checkpoints are due after a resume at 12, in calls of 8 steps."""
   config = tiny.get_config(
     training__n_iters=34,
     training__n_jitted_steps=8,
@@ -295,7 +296,7 @@ def test_resumed_rates_are_the_configs(copied):
 
 @pytest.mark.parametrize('what', ['loss', 'average'])
 def test_not_finite(copied, monkeypatch, what):
-  """A loss that is not finite stops the run; bad weights are not saved."""
+  """A loss that is not finite stops the run, and bad weights are not saved."""
 
   def make_train_steps(*_):
     def train_steps(state, batches):
@@ -324,19 +325,19 @@ def test_not_finite(copied, monkeypatch, what):
 
 
 def test_diverging(copied):
-  """The real thing: a learning rate that throws the weights out of range."""
+  """A learning rate that is much too large stops the run."""
   config = tiny.get_config(training__n_iters=20, optim__lr=1e30)
   with pytest.raises(FloatingPointError, match='step 14 is not finite.* 12'):
     run_lib.train(config, copied)
 
 
-# ------------------------------------------- one compiled call, in the small
+# --------------------------------------------- one compiled call, on a toy
 
 
 def take_steps(monkeypatch, *, parts, together, scan=False, noise=0.0):
-  """Parameters and losses after 4 steps of SGD on 8 images.
+  """Return parameters, averages and losses of 4 steps of SGD on 8 images.
 
-  The loss is w's squared distance to each image, plus noise.
+  The loss is the squared distance of w to each image, plus noise.
   """
 
   def loss_fn(params, rng, batch):
@@ -344,18 +345,24 @@ def take_steps(monkeypatch, *, parts, together, scan=False, noise=0.0):
     x = batch['image'] / 255 + z
     return jnp.mean((x - params['w']) ** 2, axis=(1, 2, 3))
 
-  config = tiny.get_config(training__ema_rate=0.5)
+  config = tiny.get_config(
+    training__ema_rate=0.5, training__grad_accumulation=parts
+  )
   images = np.random.default_rng(0).integers(0, 256, (4, 8, 2, 2, 1), np.uint8)
   images = images.reshape(4, parts, 8 // parts, 2, 2, 1)
   layout = make_layout()
   optimizer = optax.sgd(1.0)
+  params = {'w': jnp.zeros((1, 2, 2, 1))}
+  model = types.SimpleNamespace(
+    config=config,
+    loss=loss_fn,
+    optimizer=optimizer,
+    abstract_params=lambda: params,
+  )
   with monkeypatch.context() as patch:
-    patch.setattr(experiment, 'make_loss_fn', lambda *_, **__: loss_fn)
-    patch.setattr(experiment, 'make_optimizer', lambda _: optimizer)
     if scan:
       patch.setattr(jax, 'default_backend', lambda: 'gpu')
-    train_steps = run_lib.make_train_steps(config, layout)
-  params = {'w': jnp.zeros((1, 2, 2, 1))}
+    train_steps = run_lib.make_train_steps(model, layout)
   state = run_lib.TrainState(
     jnp.zeros((), jnp.int32),
     params,
@@ -384,7 +391,7 @@ def test_parts_and_steps_do_not_change_training(
   for a, b in zip(plain, other, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5)
   assert plain[2].shape == (4,)
-  # w goes half of the way to the batches' means; its average lags behind.
+  # w moves half of the way to the mean of each batch; its average is slower.
   assert 0.1 < float(plain[1].mean()) < float(plain[0].mean()) < 0.9
 
 
@@ -398,18 +405,18 @@ def test_scan_draws_the_noise_of_single_steps(monkeypatch):
 
 
 def test_half_precision_with_less_memory():
-  """bfloat16, rematerialisation and accumulation: float32 where it counts."""
+  """With bfloat16, remat and accumulation, state and losses stay float32."""
   config = tiny.get_config(
     model__dtype='bfloat16', model__remat=True, training__grad_accumulation=2
   )
-  layout = make_layout()
-  init, _ = run_lib.make_init(config, layout)
-  state = jax.eval_shape(init, experiment.abstract_params(config))
+  layout, model = make_layout(), experiment.build(config)
+  init, _ = run_lib.make_init(model, layout)
+  state = jax.eval_shape(init, model.abstract_params())
   batches = {
     'image': jax.ShapeDtypeStruct((3, 2, 4, 8, 8, 1), jnp.uint8),
     'label': jax.ShapeDtypeStruct((3, 2, 4), jnp.int32),
   }
-  train_steps = run_lib.make_train_steps(config, layout)
+  train_steps = run_lib.make_train_steps(model, layout)
   program = jax.make_jaxpr(train_steps)(state, batches)
   text = str(program)
   assert 'bf16' in text and 'remat' in text
@@ -419,3 +426,46 @@ def test_half_precision_with_less_memory():
     lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, after
   )
   assert jax.tree.all(same)
+
+
+# ------------------------------------------------------------ frequencies of 0
+
+
+def test_never_evaluated_and_never_kept(tmp_path):
+  """With frequencies of 0 there is one log line, checkpoint and picture."""
+  config = tiny.get_config(
+    training__n_iters=3,
+    training__log_freq=0,
+    training__eval_freq=0,
+    training__checkpoint_freq=0,
+    training__snapshot_freq=0,
+    training__snapshot_sampling=True,
+  )
+  run_lib.train(config, tmp_path)
+  assert logged(tmp_path) == {}
+  # The last checkpoint has a test loss, because the best is chosen by it.
+  assert list(logged(tmp_path, 'test_loss')) == [3]
+  with Checkpoints(tmp_path) as saved:
+    assert saved.steps == [3]
+  pictures = [path.name for path in (tmp_path / 'samples').iterdir()]
+  assert pictures == ['step_3.png']
+
+
+@pytest.mark.parametrize('key', ['eval_freq', 'snapshot_freq'])
+def test_one_frequency_of_zero(tmp_path, key):
+  """The others stay as they are, and a resumed run works as well."""
+  frequency = {f'training__{key}': 0}
+  run_lib.train(tiny.get_config(training__n_iters=6, **frequency), tmp_path)
+  run_lib.train(tiny.get_config(training__n_iters=9, **frequency), tmp_path)
+  assert list(logged(tmp_path)) == list(range(1, 10))
+  assert list(logged(tmp_path, 'test_loss')) == [4, 6, 8, 9]
+  with Checkpoints(tmp_path) as saved:
+    assert {8, 9} <= set(saved.steps)
+
+
+def test_due():
+  moment = run_lib.Moment(
+    step=6, state=None, losses=None, first=False, stopping=False, finished=False
+  )
+  assert moment.due(3) and moment.due(0, 6) and moment.due(4, 2)
+  assert not moment.due(0) and not moment.due(4, 0) and not moment.due()

@@ -1,4 +1,4 @@
-"""Processes against calculus, float64 closed forms and golden numbers."""
+"""Test the processes against calculus and closed forms in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +7,7 @@ import pytest
 import scipy.stats
 
 import sde_lib
+from runtime import options
 
 CONTINUOUS = [
   sde_lib.VESDE(sigma_min=0.02, sigma_max=7.0),
@@ -30,7 +31,7 @@ def test_coefficients_are_derivatives_of_the_marginal(sde):
 
 
 def _sigma64(sde, t):
-  """sigma(t) in float64 from the integral of beta, for VP and sub-VP."""
+  """Return sigma(t) of VP and sub-VP from the integral of beta in float64."""
   integral = sde.beta_min * t + 0.5 * t**2 * (sde.beta_max - sde.beta_min)
   variance = -np.expm1(-np.longdouble(integral))
   return variance if isinstance(sde, sde_lib.SubVPSDE) else np.sqrt(variance)
@@ -45,7 +46,7 @@ def test_sigma_is_accurate_in_float32(sde, t):
 
 @pytest.mark.parametrize('sde', ALL, ids=name)
 def test_transitions_compose(sde):
-  """From r to s to t is from r to t; from 0 it is the marginal."""
+  """Check that steps from r to s and from s to t equal one from r to t."""
   r, s, t = (jnp.round(99 * jnp.full(3, v)) / 99 for v in (0.1, 0.3, 0.9))
   a_rs, v_rs = sde.transition(r, s)
   a_st, v_st = sde.transition(s, t)
@@ -95,7 +96,7 @@ def test_prior(sde):
   np.testing.assert_allclose(jnp.std(z), sde.prior_std, rtol=0.02)
   reference = scipy.stats.norm(scale=sde.prior_std).logpdf(z).sum((1, 2, 3))
   np.testing.assert_allclose(sde.prior_logp(z), reference, rtol=1e-5)
-  # The marginal at t = 1 of data near 0 is the prior.
+  # For data near 0, the marginal at t = 1 is the prior.
   _, sigma = sde.marginal(jnp.ones(1))
   np.testing.assert_allclose(sigma, sde.prior_std, rtol=1e-3)
 
@@ -119,9 +120,30 @@ def test_reverse_drifts(sde):
     lambda: sde_lib.VESDE(sigma_min=2.0, sigma_max=1.0),
     lambda: sde_lib.VPSDE(beta_min=-1.0),
     lambda: sde_lib.DDPM(num_scales=20),
-    lambda: sde_lib.EDM(sigma_data=0.0),
+    lambda: sde_lib.EDM(sigma_max=0.0),
   ],
 )
 def test_impossible_processes_are_refused(make):
-  with pytest.raises(ValueError, match='need|levels'):
+  with pytest.raises(ValueError, match='need|levels|is not in'):
     make()
+
+
+@pytest.mark.parametrize('process', sde_lib.SDES)
+def test_an_option_out_of_range_is_refused_by_its_name(process):
+  key = 'sigma_max' if process in ('ve', 'edm') else 'beta_max'
+  with pytest.raises(ValueError, match=f'{key}=-1.0'):
+    sde_lib.SDES[process](**{key: -1.0})
+  section = {'name': process, key: -1.0}
+  with pytest.raises(ValueError, match=f'config.sde.{key}=-1.0 is not in'):
+    options.build(sde_lib.SDES, section, 'sde.name')
+
+
+@pytest.mark.parametrize('sde', ALL, ids=name)
+def test_denoising_inverts_the_perturbation(sde):
+  """Check that the score -z / sigma of a single x_0 gives x_0."""
+  x0, z = jax.random.normal(jax.random.key(0), (2, 5, 4, 4, 1))
+  t = jnp.linspace(0.1, 0.5, 5)
+  x, (_, sigma) = sde.perturb(x0, t, z), sde.marginal(t)
+  score = -z / sde_lib.expand(sigma, z)
+  got = sde.denoise(x, t, score)
+  np.testing.assert_allclose(got, x0, rtol=1e-3, atol=1e-4)

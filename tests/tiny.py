@@ -1,18 +1,18 @@
-"""A run that takes seconds: NCSN++ of a few channels on handwritten digits.
+"""A run of seconds: NCSN++ with few channels, on handwritten digits.
 
-Also a config file: python main.py --config tests/tiny.py ...
+It is a config file as well: python main.py --config tests/tiny.py ...
 """
 
 import pathlib
 
 from configs.base import compose, ncsnpp, ve
 
-# Where the tests' compiled programs are, for subprocesses too.
+# Compiled programs of the tests, of subprocesses as well.
 CACHE = str(pathlib.Path(__file__).parents[1] / '.pytest_cache' / 'jax')
 
 
 def get_config(**overrides):
-  """The config; overrides are dotted keys with __ for the dot."""
+  """Return the config; overrides are dotted keys with __ for the dot."""
   changes = {key.replace('__', '.'): v for key, v in overrides.items()}
   return compose(
     ve,

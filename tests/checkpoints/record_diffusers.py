@@ -1,9 +1,11 @@
-"""Records what diffusers makes of exported folders: tests/data/diffusers.npz.
+"""Record the outputs of diffusers for exported folders, for the tests.
 
-Not a test: it needs torch and diffusers, which nothing else here does.
+Writes tests/arrays/diffusers.npz. This is not a test: it needs torch and
+diffusers, which nothing else in this project needs. First export the folders in
+this project's environment, then run this script in one with diffusers:
 
-  python -m tests.checkpoints.test_diffusers FOLDER      # in that of this
-  python tests/checkpoints/record_diffusers.py FOLDER    # project, then theirs
+  python -m tests.checkpoints.test_diffusers FOLDER
+  python tests/checkpoints/record_diffusers.py FOLDER
 """
 
 import hashlib
@@ -12,11 +14,11 @@ import sys
 
 import numpy as np
 
-LEVELS = [0, 1, 500, 999]  # of 1000 noise levels
+LEVELS = [0, 1, 500, 999]  # Some of 1000 noise levels.
 
 
 def digest(tensors):
-  """Of names, shapes and contents."""
+  """Return a digest of names, shapes and contents."""
   whole = hashlib.sha256()
   for name in sorted(tensors):
     value = np.ascontiguousarray(tensors[name], np.float32)

@@ -1,8 +1,8 @@
-"""diffusers computes from an exported folder what we compute.
+"""diffusers computes the same from an exported folder as this project.
 
-tests/arrays/diffusers.npz is what its UNet2DModel made of the folders that this
-file exports (see record_diffusers.py): the NCSN++ has random parameters, the
-DDPM is the golden one of the paper's release.
+tests/arrays/diffusers.npz holds the outputs of its UNet2DModel for the folders
+that this file exports (see record_diffusers.py). The NCSN++ has random
+parameters, the DDPM those of the golden case of the paper's release.
 """
 
 import json
@@ -25,22 +25,22 @@ _SMALL = {'nf': 32, 'num_res_blocks': 1, 'dropout': 0.0}
 CASES = ('ddpm', 'ncsnpp')
 
 
-def load_config(path, size=None, **fields):
+def load_model(path, size=None, **fields):
   config = experiment.load_config(ROOT / 'configs' / f'{path}.py')
   config.data.image_size = size or config.data.image_size
   config.model.update(fields)
-  return config
+  return experiment.build(config)
 
 
 def case(name):
-  """(config, parameters, x, cond)."""
+  """Return (model, parameters, x, cond)."""
   if name == 'ddpm':
-    config = load_config(
+    model = load_model(
       'vp/ddpm/cifar10', 16, **_SMALL, ch_mult=(1, 2), attn_resolutions=(8,)
     )
     arrays, params = golden.load('vp_ddpm')
-    return config, params, arrays['x'], arrays['cond'].astype(np.float32)
-  config = load_config(
+    return model, params, arrays['x'], arrays['cond'].astype(np.float32)
+  model = load_model(
     've/ffhq_256_ncsnpp_continuous',
     8,
     **_SMALL,
@@ -52,14 +52,14 @@ def case(name):
     path: rng.normal(size=like.shape, scale=np.prod(like.shape[:-1]) ** -0.5)
     + (path[-1] == 'scale')
     for path, like in sorted(
-      traverse_util.flatten_dict(experiment.abstract_params(config)).items()
+      traverse_util.flatten_dict(model.abstract_params()).items()
     )
   }
   params = jax.tree.map(
     lambda v: v.astype(np.float32), traverse_util.unflatten_dict(flat)
   )
   x = rng.uniform(size=(2, 8, 8, 3)).astype(np.float32)
-  return config, params, x, np.array([0.3, 20.0], np.float32)
+  return model, params, x, np.array([0.3, 20.0], np.float32)
 
 
 @pytest.fixture(scope='module')
@@ -70,10 +70,10 @@ def recorded():
 
 @pytest.fixture(scope='module', params=CASES)
 def exported(request, tmp_path_factory):
-  """(case, folder) of an export."""
+  """Return (case, folder) of an export."""
   folder = tmp_path_factory.mktemp('diffusers') / request.param
-  config, params, _, _ = case(request.param)
-  diffusers.export(folder, config, params)
+  model, params, _, _ = case(request.param)
+  diffusers.export(folder, model, params)
   assert [p.name for p in folder.parent.iterdir()] == [request.param]
   return request.param, folder
 
@@ -94,9 +94,8 @@ def test_tensors_are_those_that_diffusers_had(exported, recorded):
 
 @pytest.mark.parametrize('name', CASES)
 def test_output_is_that_of_diffusers(name, recorded):
-  config, params, x, cond = case(name)
-  network = experiment.make_network(config)
-  apply = lambda x, cond: network.apply(
+  model, params, x, cond = case(name)
+  apply = lambda x, cond: model.network.apply(
     {'params': params}, x, cond, train=False
   )
   got, want = jax.jit(apply)(x, cond), recorded[f'{name}/output']
@@ -108,7 +107,7 @@ def test_output_is_that_of_diffusers(name, recorded):
 
 def test_noise_levels_are_those_of_diffusers(exported, recorded):
   name, _ = exported
-  sde = experiment.make_sde(case(name)[0])
+  sde = case(name)[0].sde
   _, sigma = sde.marginal(np.float32(record_diffusers.LEVELS) / 999)
   np.testing.assert_allclose(sigma, recorded[f'{name}/sigmas'], rtol=2e-4)
 
@@ -179,17 +178,17 @@ EXACT = {
 )
 def test_every_config_is_exact_or_refused(path):
   """At full size: all parameters have a place there, or one line says why."""
-  config = load_config(path)
+  model = load_model(path)
   if path not in EXACT:
     with pytest.raises(ValueError, match='cannot be this network exactly') as e:
-      diffusers.check(config)
+      diffusers.check(model)
     assert '\n' not in str(e.value)
     return
-  diffusers.check(config)
-  ours, _, theirs = zip(*diffusers._modules(config), strict=True)
-  assert sorted(ours) == sorted(experiment.abstract_params(config))
+  diffusers.check(model)
+  ours, _, theirs = zip(*diffusers._modules(model), strict=True)
+  assert sorted(ours) == sorted(model.abstract_params())
   assert len(set(theirs)) == len(theirs)
-  assert diffusers._pipeline(config)[0] == EXACT[path]
+  assert diffusers._pipeline(model)[0] == EXACT[path]
 
 
 @pytest.mark.parametrize(
@@ -220,27 +219,27 @@ def test_every_config_is_exact_or_refused(path):
 )
 def test_refusals_name_the_reason(tmp_path, path, fields, reason):
   with pytest.raises(ValueError, match=reason):
-    diffusers.export(tmp_path / 'model', load_config(path, **fields), {})
+    diffusers.export(tmp_path / 'model', load_model(path, **fields), {})
   assert not any(tmp_path.iterdir())
 
 
 def test_folder_is_whole_or_absent(tmp_path):
-  config, params, _, _ = case('ddpm')
+  model, params, _, _ = case('ddpm')
   params = {key: value for key, value in params.items() if key != 'Conv_1'}
   with pytest.raises(KeyError):
-    diffusers.export(tmp_path / 'model', config, params)
+    diffusers.export(tmp_path / 'model', model, params)
   assert not (tmp_path / 'model').exists()
   (tmp_path / 'mine').mkdir()
   with pytest.raises(ValueError, match='mine exists already'):
-    diffusers.export(tmp_path / 'mine', config, params)
+    diffusers.export(tmp_path / 'mine', model, params)
 
 
 def main(folder):
-  """Exports the cases for tests/checkpoints/record_diffusers.py."""
+  """Export the cases for tests/checkpoints/record_diffusers.py."""
   folder.mkdir()
   for name in CASES:
-    config, params, x, cond = case(name)
-    diffusers.export(folder / name, config, params)
+    model, params, x, cond = case(name)
+    diffusers.export(folder / name, model, params)
     np.savez(folder / f'{name}.npz', x=x, cond=cond)
 
 

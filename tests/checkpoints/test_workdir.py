@@ -1,4 +1,4 @@
-"""Which checkpoints are kept, which are chosen, and what damage does."""
+"""Which checkpoints are kept and chosen, damage, and the config of a run."""
 
 import json
 import os
@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from checkpoints.workdir import Checkpoints, claim_workdir, restore_ema
-from tests import tiny
+from checkpoints.workdir import Checkpoints, claim, read_config, restore_ema
 
 LOSSES = {5: 3.0, 10: 1.0, 15: 2.0, 20: 4.0, 25: 5.0}
 
@@ -26,7 +25,7 @@ def like():
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-  """A workdir in which LOSSES were measured; every 15th step is kept."""
+  """Return a workdir with LOSSES, in which every 15th step is kept."""
   workdir = tmp_path_factory.mktemp('run')
   with Checkpoints(workdir, keep_every=15) as saved:
     assert saved.last is None and saved.best is None and saved.steps == []
@@ -39,7 +38,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def copied(run, tmp_path):
-  """A copy of the run, to be damaged."""
+  """Return a copy of the run, to be damaged."""
   for path in run.rglob('*'):
     target = tmp_path / path.relative_to(run)
     if path.is_dir():
@@ -159,19 +158,76 @@ def test_unfinished_write_does_not_exist(copied):
     assert saved.last == 25
 
 
+FIXED = ('data.dataset', 'model.nf', 'model.ch_mult', 'sde.sigma_max')
+
+
+def config_dict(**changes):
+  """Return a config; changes are dotted keys with __ for the dot."""
+  config = {
+    'data': {'dataset': 'digits', 'path': ''},
+    'model': {'nf': 8, 'ch_mult': (1, 2)},
+    'optim': {'lr': 0.1},
+    'sde': {'sigma_max': 10.0},
+  }
+  for key, value in changes.items():
+    section, _, name = key.partition('__')
+    config[section][name] = value
+  return config
+
+
 def test_claim_workdir(tmp_path):
   workdir = tmp_path / 'new'
-  config = tiny.get_config()
-  claim_workdir(config, workdir)
+  config = config_dict()
+  claim(workdir, config, FIXED)
   written = json.loads((workdir / 'config.json').read_text())
-  assert written['model']['nf'] == config.model.nf
+  assert written['model']['nf'] == config['model']['nf']
 
   # How training goes on may change, what is trained may not.
-  claim_workdir(tiny.get_config(optim__lr=0.5), workdir)
+  claim(workdir, config_dict(optim__lr=0.5, data__path='elsewhere'), FIXED)
   before = (workdir / 'config.json').read_text()
   assert json.loads(before)['optim']['lr'] == 0.5
   with pytest.raises(ValueError, match=r'config.model.nf=8, not 16'):
-    claim_workdir(tiny.get_config(model__nf=16), workdir)
+    claim(workdir, config_dict(model__nf=16), FIXED)
   with pytest.raises(ValueError, match=r'config.sde.sigma_max=10.0, not 9.0'):
-    claim_workdir(tiny.get_config(sde__sigma_max=9.0), workdir)
+    claim(workdir, config_dict(sde__sigma_max=9.0), FIXED)
+  with pytest.raises(ValueError) as error:
+    claim(workdir, config_dict(model__ch_mult=(1,)), FIXED, write=False)
+  assert str(error.value) == (
+    f'{workdir} belongs to a run with config.model.ch_mult=(1, 2), not (1,): '
+    'choose another --workdir, or that value.'
+  )
   assert (workdir / 'config.json').read_text() == before
+  claim(workdir, config_dict(optim__lr=0.7), FIXED, write=False)
+  assert (workdir / 'config.json').read_text() == before
+
+
+def test_claim_without_a_key(tmp_path):
+  """A key that is new now is not compared; one that is missing now is."""
+  claim(tmp_path, config_dict(), FIXED)
+  claim(tmp_path, config_dict(model__mine=3), (*FIXED, 'model.mine'))
+  config = config_dict()
+  del config['model']['nf']
+  with pytest.raises(ValueError, match='config.model.nf=8, not None'):
+    claim(tmp_path, config, FIXED)
+
+
+def test_claim_of_a_config_with_older_keys(tmp_path):
+  claim(tmp_path, config_dict(sde__width=8, model__nf=0), FIXED)
+
+  def upgrade(config):
+    return config | {'model': {'nf': config['sde'].pop('width')}}
+
+  claim(tmp_path, config_dict(), FIXED, upgrade=upgrade, write=False)
+  with pytest.raises(ValueError, match='config.model.nf=8, not 16'):
+    claim(tmp_path, config_dict(model__nf=16), FIXED, upgrade=upgrade)
+
+
+def test_read_config(tmp_path):
+  with pytest.raises(FileNotFoundError, match='train with this --work') as e:
+    read_config(tmp_path)
+  assert '\n' not in str(e.value)
+  claim(tmp_path, config_dict(), FIXED)
+  assert read_config(tmp_path) == config_dict(model__ch_mult=[1, 2])
+  (tmp_path / 'config.json').write_text('{"data": ')
+  with pytest.raises(ValueError, match=r'config\.json is not a readable JSON'):
+    read_config(tmp_path)

@@ -1,4 +1,4 @@
-"""`--mode sample` under config.control, with networks of a few channels."""
+"""Test `--mode sample` with config.control, on networks of a few channels."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import controllable_generation
 import experiment
 import losses
 import run_lib
-from checkpoints.workdir import Checkpoints, claim_workdir, restore_ema
+from checkpoints.workdir import Checkpoints, restore_ema
 from commands import control, evaluate, exchange
 from configs import base
 from data import datasets
@@ -19,7 +19,7 @@ from tests import tiny
 
 
 def get_config(**overrides):
-  """The tiny run, with a few test images; see `tiny.get_config`."""
+  """Return the config of `tiny.get_config` with a few test images."""
   few = {'control__num_images': 3, 'control__repeats': 2}
   # Without a corrector the sampler is compiled in half the time.
   few |= {'sampling__num_samples': 20, 'sampling__corrector': 'none'}
@@ -35,10 +35,16 @@ def classifier_config():
   return config.lock()
 
 
+def unbuilt(config):
+  """Return an Experiment of which only the config is checked."""
+  fields = ('sde', 'network', 'conditioning', 'loss_fn', 'optimizer', 'sampler')
+  return experiment.Experiment(config=config, **dict.fromkeys(fields))
+
+
 def untrained(config, workdir):
-  """A workdir of parameters as they are drawn."""
-  params = experiment.init_params(config, jax.random.key(0))
-  claim_workdir(config, workdir)
+  """Return a workdir with parameters as they are initialised."""
+  params = experiment.build(config).init_params(jax.random.key(0))
+  experiment.claim(config, workdir)
   with Checkpoints(workdir, keep_every=1) as saved:
     saved.save(1, {'params': params}, params)
     saved.wait()
@@ -52,25 +58,25 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def classifier_run(tmp_path_factory):
-  """A classifier that was trained for two steps."""
+  """Return the workdir of a classifier that was trained for two steps."""
   folder = tmp_path_factory.mktemp('classifier') / 'run'
   run_lib.train(classifier_config(), folder)
   return folder
 
 
 def results(workdir, name):
-  """(arrays of the one .npz, its picture [H, W])."""
+  """Return (arrays of the only .npz, its picture [H, W])."""
   (path,) = (workdir / 'samples').glob(f'{name}-step_*.npz')
   picture = np.asarray(PIL.Image.open(path.with_suffix('.png')))
   return load_npz(path), picture
 
 
-# Overrides of config.control and the rest, and what the error must say.
+# Overrides of config.control, and what the error must say.
 WRONG = [
-  ({'name': 'magic'}, 'none of'),
+  ({'name': 'magic'}, 'is unknown'),
   ({'name': 'labels'}, 'num_labels'),
   ({'name': 'classifier'}, 'classifier_workdir'),
-  ({'name': 'inpaint', 'method': 'magic'}, 'none of'),
+  ({'name': 'inpaint', 'method': 'magic'}, 'is unknown'),
   ({'name': 'deblur'}, "method to 'pigdm' or 'dps'"),
   ({'name': 'inpaint', 'method': 'dps'}, 'above 0'),
   ({'name': 'colorize'}, '3 channels'),
@@ -78,31 +84,51 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(('changes', 'line'), WRONG)
-def test_check_says_what_to_change(changes, line, monkeypatch):
-  # The rest of the config has its own tests, and takes its time.
-  monkeypatch.setattr(experiment, 'check', lambda config: None)
-  config = get_config(**{f'control__{k}': v for k, v in changes.items()})
+@pytest.mark.parametrize(('options', 'line'), WRONG)
+def test_check_says_what_to_change(options, line):
+  config = get_config(**{f'control__{k}': v for k, v in options.items()})
   with pytest.raises(ValueError, match=line):
-    control.check(config)
+    control.make_task(unbuilt(config))
 
 
-def test_check_of_samplers_and_points(monkeypatch):
-  monkeypatch.setattr(experiment, 'check', lambda config: None)
+OUT_OF_RANGE = {
+  'factor': 0, 'repeats': 0, 'num_images': 0, 'known': 1.0, 'width': 0.0,
+  'gain': 0.0, 'noise_std': -0.1, 'data_std': 0.0, 'ramp': -1.0, 'label': -2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(('key', 'value'), OUT_OF_RANGE.items())
+def test_an_option_out_of_range_is_refused(key, value, tmp_path):
+  """The workdir is empty, so that the check comes before all work."""
+  config = get_config(control__name='inpaint', **{f'control__{key}': value})
+  with pytest.raises(ValueError, match=f'config.control.{key}={value}'):
+    control.sample(config, tmp_path)
+
+
+def test_controls_are_checked_before_weights_are_loaded(tmp_path):
+  config = get_config(control__name='super_resolution', control__factor=3)
+  with pytest.raises(ValueError, match='use one of 1, 2, 4, 8'):
+    control.sample(config, tmp_path)
+
+
+def test_check_of_samplers_and_points():
   config = get_config(
     control__name='inpaint', control__fresh_noise=True, sampling__method='ode'
   )
   with pytest.raises(ValueError, match='sampling.method=pc'):
-    control.check(config)
+    control.make_task(unbuilt(config))
   config = get_config(control__name='inpaint', data__dims=2)
   with pytest.raises(ValueError, match='not points'):
-    control.check(config)
+    control.make_task(unbuilt(config))
 
 
 def test_masks(tmp_path):
-  make = lambda **options: control.make_mask(
-    get_config(**{f'control__{k}': v for k, v in options.items()})
-  )
+  def make(**options):
+    options = {'name': 'inpaint', **options}
+    config = get_config(**{f'control__{k}': v for k, v in options.items()})
+    operator, _ = control.inverse_problem(unbuilt(config))
+    return operator.pixels((8, 8))
+
   half, center = make(mask='half'), make(mask='center')
   assert half[:, :4].all() and not half[:, 4:].any()
   assert center.sum() == 48 and not center[2:6, 2:6].any()
@@ -116,7 +142,7 @@ def test_masks(tmp_path):
   with pytest.raises(ValueError, match='nor an image file'):
     make(mask='quarter')
   with pytest.raises(ValueError, match='no pixel'):
-    make(mask='random', known=1.0)
+    make(mask='random', known=0.9999)
 
 
 def test_inpainting_keeps_known_pixels(workdir):
@@ -127,7 +153,8 @@ def test_inpainting_keeps_known_pixels(workdir):
   assert images.shape == (3, 2, 8, 8, 1) and images.dtype == np.uint8
   first = datasets.load(config.data, 'test').fetch(np.arange(3))
   np.testing.assert_array_equal(originals, first)
-  mask = control.make_mask(config)
+  operator, _ = control.inverse_problem(unbuilt(config))
+  mask = operator.pixels((8, 8))
   known = np.broadcast_to(originals[:, None], images.shape)[:, :, mask]
   np.testing.assert_array_equal(images[:, :, mask], known)
   assert np.any(images[:, 0] != images[:, 1])
@@ -142,11 +169,15 @@ def test_inpainting_keeps_known_pixels(workdir):
     np.testing.assert_array_equal(shown, images[i, 1, ..., 0])
 
 
-def test_samples_that_go_astray_are_an_error(workdir, monkeypatch):
+def test_samples_that_diverge_are_an_error(workdir, monkeypatch):
   config = get_config(control__name='inpaint', control__method='pigdm')
-  nowhere = lambda score_fn, sde, **_: lambda x, t: x * np.nan
+
+  class Nowhere(controllable_generation.PiGDM):
+    def __call__(self, score_fn, sde, **_):
+      return lambda x, t: x * np.nan
+
   methods = controllable_generation.METHODS
-  monkeypatch.setitem(methods, 'pigdm', nowhere)
+  monkeypatch.setitem(methods, 'pigdm', Nowhere)
   with pytest.raises(FloatingPointError, match='config.control.ramp'):
     control.sample(config, workdir)
 
@@ -177,7 +208,7 @@ def test_classifier_trains_evaluates_guides_and_travels(
   exchange.export(theirs, classifier_run, file)
   imported = tmp_path / 'imported'
   exchange.import_released(theirs, imported, file)
-  like = experiment.abstract_params(theirs)
+  like = experiment.build(theirs).abstract_params()
   jax.tree.map(
     np.testing.assert_array_equal,
     restore_ema(imported, like),
@@ -194,16 +225,16 @@ def test_classifier_trains_evaluates_guides_and_travels(
   assert arrays['images'].shape == (20, 8, 8, 1)
   assert set(arrays['label']) == {7}
   with pytest.raises(ValueError, match='other noise'):
-    control.load_classifier(get_config(
+    control.load_classifier(experiment.build(get_config(
       control__classifier_workdir=str(imported), sde__sigma_max=9.0
-    ))  # fmt: skip
+    )))  # fmt: skip
   config.control.classifier_workdir = str(workdir)
   with pytest.raises(ValueError, match='no run of a classifier'):
-    control.load_classifier(config)
+    control.load_classifier(experiment.build(config))
 
 
 def test_a_network_told_the_class_makes_the_class():
-  """Trained on three classes of points; no class gives all of them."""
+  """It is trained on three classes of points; without a class it makes all."""
   config = base.compose(
     base.vp, base.mlp,
     {
@@ -212,19 +243,20 @@ def test_a_network_told_the_class_makes_the_class():
     },
   )  # fmt: skip
   means = jnp.float32([[1.0, 0.0], [-1.0, 1.0], [-1.0, -1.0]])
-  params = experiment.init_params(config, jax.random.key(0))
-  loss_fn = experiment.make_loss_fn(config, train=True)
-  optimizer = losses.make_optimizer(
+  model = experiment.build(config)
+  params = model.init_params(jax.random.key(0))
+  optimizer = losses.make_optimizer(losses.Adam(
     lr=5e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, warmup=20,
     grad_clip=1.0,
-  )  # fmt: skip
+  ))  # fmt: skip
 
   def step(state, i):
     params, opt_state = state
     rng = jax.random.fold_in(jax.random.key(1), i)
     label = jax.random.randint(rng, (256,), 0, 3)
     points = means[label] + 0.2 * jax.random.normal(rng, (256, 2))
-    loss = lambda p: loss_fn(p, rng, {'image': points, 'label': label}).mean()
+    batch = {'image': points, 'label': label}
+    loss = lambda p: model.loss(p, rng, batch).mean()
     updates, opt_state = optimizer.update(
       jax.grad(loss)(params), opt_state, params
     )
@@ -236,16 +268,16 @@ def test_a_network_told_the_class_makes_the_class():
 
   config.sampling.eps = 1e-3
   label = jnp.arange(600) % 3
-  x = jax.jit(experiment.make_sampler(config, 600))(
+  x = jax.jit(experiment.build(config).make_sample(600))(
     params, jax.random.key(2), label=label
-  )[0]
-  x = 2 * np.asarray(x) - 1  # points are not scaled
+  ).x
+  x = 2 * np.asarray(x) - 1  # Points are not scaled.
   nearest = np.argmin(((x[:, None] - means[None]) ** 2).sum(-1), 1)
   assert np.mean(nearest == label) > 0.97
   config.control.scale = 0.0
-  free = jax.jit(experiment.make_sampler(config, 600))(
+  free = jax.jit(experiment.build(config).make_sample(600))(
     params, jax.random.key(2)
-  )[0]
+  ).x
   free = 2 * np.asarray(free) - 1
   nearest = np.argmin(((free[:, None] - means[None]) ** 2).sum(-1), 1)
   share = np.bincount(nearest, minlength=3) / 600

@@ -1,4 +1,4 @@
-"""Latent codes, and samples, of networks that are really trained."""
+"""Latent codes and samples of networks that are trained here."""
 
 import functools
 import json
@@ -15,10 +15,10 @@ import likelihood
 import losses
 import models
 import run_lib
-import sampling
 import sde_lib
 from commands import encode
 from models import score as score_lib
+from solvers.ode import ODE
 from tests import tiny
 from tests.exact import MIXTURE
 
@@ -32,12 +32,24 @@ def gaussian(rng, n):
 
 
 def trained(data, sde, conditioning, *, seed, steps=1500, loss=None, **fields):
-  """(score_fn, losses [steps]) of an MLP trained on data(rng, n) -> [n, 2]."""
+  """Return (score_fn, losses [steps]) of an MLP trained on data(rng, n).
+
+  Args:
+    data: data(rng, n) -> [n, 2].
+    sde: forward process.
+    conditioning: of `score.CONDITIONINGS`.
+    seed: seed of everything random.
+    steps: number of training steps.
+    loss: a `losses.ScoreMatching`; None for the default.
+    **fields: fields of the MLP.
+  """
+  loss_fn = loss or losses.ScoreMatching()
   network = models.create('mlp', embedding_type='positional', **fields)
-  optimizer = losses.make_optimizer(
+  adam = losses.Adam(
     lr=3e-3, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, warmup=100,
     grad_clip=1.0,
   )  # fmt: skip
+  optimizer = losses.make_optimizer(adam)
 
   def score_of(params):
     net = functools.partial(network.apply, {'params': params}, train=False)
@@ -46,8 +58,8 @@ def trained(data, sde, conditioning, *, seed, steps=1500, loss=None, **fields):
   def step(carry, rng):
     params, state, ema = carry
     rng_data, rng_loss = jax.random.split(rng)
-    mean = lambda params: losses.score_matching(
-      rng_loss, score_of(params), sde, data(rng_data, 512), **(loss or {})
+    mean = lambda params: loss_fn(
+      rng_loss, score_of(params), sde, data(rng_data, 512)
     ).mean()
     value, grads = jax.value_and_grad(mean)(params)
     updates, state = optimizer.update(grads, state, params)
@@ -70,7 +82,7 @@ def trained(data, sde, conditioning, *, seed, steps=1500, loss=None, **fields):
 
 
 def exact_code(sde, x, eps):
-  """The flow of a Gaussian stretches each principal axis on its own."""
+  """Return the codes of Gaussian data: each principal axis is stretched."""
   (a0, s0), (a1, s1) = (map(np.float64, sde.marginal(t)) for t in (eps, 1.0))
   values, axes = np.linalg.eigh(COVARIANCE)
   stretch = np.sqrt((a1**2 * values + s1**2) / (a0**2 * values + s0**2))
@@ -78,7 +90,7 @@ def exact_code(sde, x, eps):
 
 
 def test_two_networks_agree_on_codes():
-  """The code is the data's, not the network's (Section 4.3)."""
+  """Codes depend on the data, not on the network (Section 4.3)."""
   sde, eps = sde_lib.VPSDE(), 1e-2
   x = gaussian(jax.random.key(9), 256)
   want = exact_code(sde, np.float64(x), eps)
@@ -87,7 +99,7 @@ def test_two_networks_agree_on_codes():
     {'nf': 64, 'num_layers': 2},
     {'nf': 48, 'num_layers': 3, 'nonlinearity': 'elu'},
   )):  # fmt: skip
-    score_fn, _ = trained(gaussian, sde, 'time', seed=seed, **fields)
+    score_fn, _ = trained(gaussian, sde, score_lib.Time(), seed=seed, **fields)
     encode = functools.partial(
       likelihood.encode, score_fn, sde, eps=eps, rtol=1e-4, atol=1e-4
     )
@@ -98,61 +110,60 @@ def test_two_networks_agree_on_codes():
   assert distance(codes[0], codes[1]) < 0.15
   assert distance(codes[0], want) < 0.15
   assert distance(codes[1], want) < 0.15
-  # What codes would differ by if the data's covariance were not known.
+  # The difference of codes that do not know the covariance of the data.
   isotropic = (x - MEAN[None]) / np.sqrt(COVARIANCE.trace() / 2)
   assert distance(isotropic, want) > 0.5
 
 
 def test_edm_trains_and_samples():
-  """A network trained as EDM samples the mixture that it was trained on."""
-  sde = sde_lib.EDM(sigma_max=20.0, sigma_data=0.7)
+  """A network trained as in EDM samples the mixture of its data."""
+  sde, sigma_data = sde_lib.EDM(sigma_max=20.0), 0.7
   x0 = jnp.asarray(MIXTURE.sample(0, 50_000))
-  loss = {'times': 'lognormal', 'weighting': 'edm'}
+  loss = losses.ScoreMatching(
+    times=losses.Lognormal(), weighting=losses.EDM(sigma_data=sigma_data)
+  )
   score_fn, values = trained(
     lambda rng, n: jax.random.choice(rng, x0, (n,)),
-    sde, 'edm', seed=0, loss=loss, nf=64, num_layers=3,
+    sde, score_lib.EDM(sigma_data=sigma_data), seed=0, loss=loss, nf=64,
+    num_layers=3,
   )  # fmt: skip
-  exact = losses.score_matching(
-    jax.random.key(1), MIXTURE.score_fn(sde), sde, x0, **loss
-  ).mean()
+  exact = loss(jax.random.key(1), MIXTURE.score_fn(sde), sde, x0).mean()
   assert values[:20].mean() > 1.2 * exact
   np.testing.assert_allclose(values[-200:].mean(), exact, rtol=0.03)
 
   z = sde.prior_sample(jax.random.key(1), (4000, 2))
-  options = {'eps': 1e-4, 'rtol': 1e-4, 'atol': 1e-4}
-  sample = functools.partial(
-    sampling.ode_sample, None, score_fn, sde, **options
-  )
-  samples = jax.jit(lambda z: sample(z))(z)
+  sampler = ODE(eps=1e-4, rtol=1e-4, atol=1e-4)
+  samples = jax.jit(lambda z: sampler(None, score_fn, sde, z))(z)
   assert samples.success
   x = np.asarray(samples.x)
   np.testing.assert_allclose(x.mean(0), MIXTURE.mean, atol=0.08)
   np.testing.assert_allclose(x.var(0), MIXTURE.variance, rtol=0.1)
-  # The share of the component on the right, and how well it is filled.
+  # The weight of the component on the right, and the likelihood.
   np.testing.assert_allclose(np.mean(x[:, 0] > 0), 0.7, atol=0.05)
   truth = MIXTURE.logp(x0).mean()
   np.testing.assert_allclose(MIXTURE.logp(samples.x).mean(), truth, atol=0.05)
 
 
 def test_points_have_nats(monkeypatch):
-  """Points are not dequantised: their nats are those of their own density."""
+  """Points are not dequantised: their nats are those of their density."""
   config = experiment.load_config('configs/toy/rings_vp.py')
   config.eval.bpd_trace = 'exact'
-  exact = lambda config, params, **_: MIXTURE.score_fn(sde_lib.VPSDE())
-  monkeypatch.setattr(experiment, 'make_score_fn', exact)
+  model = experiment.build(config)
+  exact = lambda self, params, **_: MIXTURE.score_fn(sde_lib.VPSDE())
+  monkeypatch.setattr(experiment.Experiment, 'score_fn', exact)
   x = MIXTURE.sample(0, 200)
-  compute = jax.jit(experiment.make_bits_per_dim(config))
+  compute = jax.jit(model.bits_per_dim)
   bits, error, _, success = compute(None, jax.random.key(0), x)
   assert success and (error == 0).all()
   nats = -MIXTURE.logp(jnp.asarray(x), *sde_lib.VPSDE().marginal(1e-5))
   np.testing.assert_allclose(bits * 2 * np.log(2), nats, atol=0.02)
   config.eval.bpd_trace = 'hutchinson'
-  with pytest.raises(ValueError, match="bpd_trace='hutchinson' is none of"):
-    experiment.check(config)
+  with pytest.raises(ValueError, match="bpd_trace='hutchinson' is unknown"):
+    experiment.build(config)
 
 
 def test_encode_mode(tmp_path, capsys):
-  """Ends of interpolations and temperature 1 are the images themselves."""
+  """Ends of interpolations, and temperature 1, are the images."""
   config = tiny.get_config(training__n_iters=2)
   run_lib.train(config, tmp_path)
   config.sampling.update(num_samples=20, rtol=1e-4, atol=1e-4)

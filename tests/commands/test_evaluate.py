@@ -19,16 +19,18 @@ import experiment
 import run_lib
 from checkpoints import formats
 from checkpoints.workdir import Checkpoints, restore_ema
-from commands import evaluate, exchange, stats
-from data import datasets
+from commands import evaluate, exchange, sample, stats, trained
+from data import datasets, pixels
+from features import extract as extracting
 from features import statistics
 from runtime.devices import make_layout, replicated, to_global
 from runtime.files import load_npz, save_npz
+from solvers.base import Samples
 from tests import golden, tiny
 
 
 class Pixels:
-  """Stands in for the Inception network: a few projections of the pixels."""
+  """Stand in for the Inception network: a few projections of the pixels."""
 
   variant = 'tensorflow'
   calls = 0
@@ -49,9 +51,10 @@ def get_config():
   return config
 
 
-# Evaluates in a process of its own: the run, an .npz of images, the folder of
-# results ('killed': it dies by SIGKILL once it has samples twice and features
-# once), and of two processes the number of this one and a port.
+# Evaluates in another process. Arguments: the run, an .npz of images, the name
+# of the folder of results ('killed': the process kills itself when it has
+# written samples twice and features once) and, with two processes, the number
+# of this one and a port.
 WORKER = """
 import os, signal, sys
 import jax
@@ -60,8 +63,9 @@ jax.config.update('jax_num_cpu_devices', 1)
 if process:
   jax.distributed.initialize('127.0.0.1:' + process[1], 2, int(process[0]))
 from commands import evaluate, stats
+from features import extract
 from tests.commands import test_evaluate
-stats.extractor = lambda config: test_evaluate.Pixels()
+extract.extractor = stats.extractor = lambda chosen: test_evaluate.Pixels()
 save, saved = evaluate.save_npz, []
 def save_and_die(path, **arrays):
   save(path, **arrays)
@@ -94,17 +98,23 @@ def start(*arguments, cache):
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-  """(config, workdir) of a run of a few steps."""
+  """Return (config, workdir) of a run of a few steps."""
   workdir = tmp_path_factory.mktemp('run')
   config = get_config()
   run_lib.train(config, workdir)
   return config, workdir
 
 
+def use(extractor, monkeypatch):
+  """Let all commands use a feature extractor, in place of the config's."""
+  for module in (extracting, stats):
+    monkeypatch.setattr(module, 'extractor', lambda chosen: extractor())
+
+
 @pytest.fixture(autouse=True)
 def no_inception(monkeypatch, tmp_path):
   monkeypatch.setenv('SCORE_SDE_CACHE', str(tmp_path / 'cache'))
-  monkeypatch.setattr(stats, 'extractor', lambda config: Pixels())
+  use(Pixels, monkeypatch)
 
 
 def only_result(folder):
@@ -137,22 +147,22 @@ def test_evaluation_goes_on_where_it_stopped(run, capsys):
   for name in ('results.png', 'results.txt', 'results.json'):
     assert (workdir / 'eval' / name).is_file()
 
-  # Killed after most batches: only what is missing is made again.
+  # As if killed after most batches: only what is missing is made again.
   path.unlink()
   for file in folder.glob('samples_1*.npz'):
     file.unlink()
-  # What another evaluation left behind is not read.
+  # Files of another evaluation are not read.
   np.savez(folder / 'samples_7.npz', pool_3=np.full((100, 6), 1e6))
   Pixels.calls = 0
   evaluate.evaluate(config, workdir)
-  assert Pixels.calls == 2  # A batch, and the one image that tells D.
+  assert Pixels.calls == 2  # A batch, and one image for the dimension.
   _, second = only_result(folder)
   for metric in ('fid', 'test_loss', 'bits_per_dim'):
     assert first[metric] == second[metric]
 
 
 def test_killed_and_resumed(run, tmp_path):
-  """By SIGKILL, between the samples of a batch and their features."""
+  """It is killed between the samples of a batch and their features."""
   config, workdir = run
   config = config.copy_and_resolve_references()
   config.eval.enable_bpd = False
@@ -176,7 +186,7 @@ def test_killed_and_resumed(run, tmp_path):
 
 @pytest.mark.slow
 def test_two_hosts_share_the_work(run, tmp_path):
-  """Each makes its half; the numbers are those of one."""
+  """Each host makes its half, and the numbers are those of one host."""
   config, workdir = run
   theirs = tmp_path / 'theirs.npz'
   images = datasets.load(config.data, 'test').fetch(np.arange(201))
@@ -222,7 +232,7 @@ def test_two_hosts_share_the_work(run, tmp_path):
 
 
 def test_more_samples_are_added_to_those_that_are_there(run, monkeypatch):
-  """Nor does a better network need new samples: only their features."""
+  """Another feature network needs new features, but no new samples."""
   config, workdir = run
   config = config.copy_and_resolve_references()
   config.eval.update(enable_loss=False, enable_bpd=False, num_samples=150)
@@ -243,7 +253,7 @@ def test_more_samples_are_added_to_those_that_are_there(run, monkeypatch):
     def __call__(self, images, progress=None):
       return super().__call__(images) | {'logits': np.ones((len(images), 4))}
 
-  monkeypatch.setattr(stats, 'extractor', lambda config: WithLogits())
+  use(WithLogits, monkeypatch)
   evaluate.evaluate(config, workdir, 'grown')
   assert made == {path: path.stat().st_mtime_ns for path in made}
   result = json.loads((workdir / 'grown' / 'results.json').read_text())[-1]
@@ -252,18 +262,18 @@ def test_more_samples_are_added_to_those_that_are_there(run, monkeypatch):
 
 def test_other_samplers_have_folders_of_their_own(run):
   config, workdir = run
-  before = evaluate.identity(config, 'digits')
-  assert evaluate.identity(config, 'other images') != before
+  before = trained.identity(config, 'weights')
+  assert trained.identity(config, 'other weights') != before
   for key, value in {
     'sampling.num_steps': 5,
     'sampling.rounding': 'truncate',
     'seed': 1,
-    'eval.batch_size': 50,
     'training.weighting': 'likelihood',
+    'eval.batch_size': 50,
   }.items():
     other = config.copy_and_resolve_references()
     other.update_from_flattened_dict({key: value})
-    assert evaluate.identity(other, 'digits') != before
+    assert trained.identity(other, 'weights') != before
   for key, value in {
     'eval.stats_path': 'somewhere',
     'eval.num_samples': 7,
@@ -273,7 +283,25 @@ def test_other_samplers_have_folders_of_their_own(run):
   }.items():
     other = config.copy_and_resolve_references()
     other.update_from_flattened_dict({key: value})
-    assert evaluate.identity(other, 'digits') == before
+    assert trained.identity(other, 'weights') == before
+
+
+def test_other_weights_have_a_folder_of_their_own(run, tmp_path):
+  """So has another training, whose weights differ, and another test set."""
+  config, workdir = run
+  other = tiny.get_config(training__weighting='likelihood')
+  run_lib.train(other, tmp_path)
+  ours, theirs = (trained.restore(config, w) for w in (workdir, tmp_path))
+  assert ours.step == theirs.step == 8
+  assert ours.name.startswith('step_8-') and ours.name != theirs.name
+  again = trained.restore(config, workdir)
+  assert again.name == ours.name
+  config = config.copy_and_resolve_references()
+  config.eval.update(enable_bpd=False, enable_sampling=False)
+  evaluate.evaluate(config, workdir, 'named')
+  (folder,) = (workdir / 'named').glob('step_*')
+  test_set = datasets.load(config.data, 'test')
+  assert folder.name == f'{ours.name}-{test_set.fingerprint[:8]}'
 
 
 def test_no_checkpoint_is_an_error_not_a_wait(run, tmp_path):
@@ -320,7 +348,7 @@ def test_statistics_of_something_else_are_refused(run, tmp_path):
 
 
 def test_statistics_go_on_where_they_stopped(run, tmp_path, monkeypatch):
-  """Killed in the third chunk, they take the first two from disk."""
+  """Killed in the third chunk, the first two are taken from disk."""
   config, _ = run
   config = config.copy_and_resolve_references()
   config.eval.stats_path = str(tmp_path / 'whole.npz')
@@ -353,7 +381,7 @@ def test_statistics_go_on_where_they_stopped(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('kind', ['npz', 'folder'])
-def test_anyones_images_are_scored(run, tmp_path, kind):
+def test_user_images_are_scored(run, tmp_path, kind):
   config, _ = run
   images = datasets.load(config.data, 'test').fetch(np.arange(240))
   path = tmp_path / ('theirs.npz' if kind == 'npz' else 'theirs')
@@ -366,16 +394,16 @@ def test_anyones_images_are_scored(run, tmp_path, kind):
   evaluate.evaluate_images(config, tmp_path, path)
   result = json.loads((tmp_path / 'eval' / 'theirs.json').read_text())
   assert result['fid']['count'] == result['count'] == 240
-  # The FID of the same features, whatever their order.
+  # The FID does not depend on the order of the features.
   train = datasets.load(config.data, 'train').fetch(np.arange(1500))
-  moments = [evaluation.Moments(), evaluation.Moments()]
+  moments = [statistics.Moments(), statistics.Moments()]
   for m, x in zip(moments, (images, train), strict=True):
     m.update(Pixels()(x)['pool_3'])
   with pytest.warns(UserWarning, match='240 images'):
     want = evaluation.fid(*moments).value
   assert result['fid']['value'] == pytest.approx(want, rel=1e-4)
 
-  # Killed between batches, it goes on; changed images are other images.
+  # It continues after a kill; changed images are other images.
   Pixels.calls = 0
   file = sorted((tmp_path / 'eval').glob('images_theirs-*/*.npz'))[1]
   file.unlink()
@@ -393,7 +421,7 @@ def test_anyones_images_are_scored(run, tmp_path, kind):
 
 
 def test_images_that_do_not_fit_are_refused(run, tmp_path):
-  """Scores depend on how images are resized: that is left to their owner."""
+  """Images are not resized, because scores depend on how it is done."""
   config, _ = run
   with pytest.raises(FileNotFoundError, match='--samples'):
     evaluate.evaluate_images(config, tmp_path, tmp_path / 'nothing')
@@ -412,7 +440,7 @@ def test_images_that_do_not_fit_are_refused(run, tmp_path):
 
 def test_sample_writes_images(run):
   config, workdir = run
-  evaluate.sample(config, workdir)
+  sample.sample(config, workdir)
   (path,) = (workdir / 'samples').glob('*.npz')
   with np.load(path) as file:
     assert file['images'].shape == (64, 8, 8, 1)
@@ -425,27 +453,27 @@ def test_sample_shows_the_way_to_the_images(run, tmp_path):
   config, workdir = run
   config = config.copy_and_resolve_references()
   config.sampling.update(method='heun', grid='edm', frames=3, num_samples=5)
-  evaluate.sample(config, workdir)
+  sample.sample(config, workdir)
   (film,) = (workdir / 'samples').glob('*_frames.gif')
   with np.load(str(film).replace('_frames.gif', '.npz')) as file:
     assert file['images'].shape == (5, 8, 8, 1)
     assert file['nfe'] == 2 * 3 + 1  # Three steps, and the mean of x_0.
     assert file['frames'].shape == (3, 5, 8, 8, 1)
-    # Raw states: from the prior, sigma_max = 10, to the images.
+    # States from the prior, whose sigma_max is 10, to the images.
     assert 8 < file['frames'][0].std() < 12
-    last = datasets.to_uint8(file['frames'][-1])
+    last = pixels.to_uint8(file['frames'][-1])
     np.testing.assert_array_equal(last, file['images'])
     assert file['frame_times'][0] == 1 and file['frame_times'][-1] == 0
   with Image.open(film) as pictures:
     assert pictures.n_frames == 3
-    # Noise is shown as strong as data are, neither black nor white.
+    # Noise is shown with the contrast of data, not black and white.
     first = np.asarray(pictures.convert('L'))
     assert 40 < first[first < 255].std() < 90
   with Image.open(film.with_suffix('.png')) as strip:
     assert strip.size[0] > strip.size[1] / 2
   config.sampling.frames = 1
   with pytest.raises(ValueError, match='frames=1'):
-    evaluate.sample(config, workdir)
+    sample.sample(config, workdir)
 
 
 @pytest.mark.parametrize(
@@ -454,8 +482,20 @@ def test_sample_shows_the_way_to_the_images(run, tmp_path):
 def test_a_solver_that_fails_says_what_may_help(run, method, key):
   config = run[0].copy_and_resolve_references()
   config.sampling.method = method
+  failed = Samples(
+    x=jnp.zeros((2, 8, 8, 1)),
+    nfe=jnp.asarray(7),
+    success=jnp.asarray(False),
+    frames=jnp.zeros((0, 2, 8, 8, 1)),
+    times=jnp.zeros(0),
+  )
   with pytest.raises(FloatingPointError, match=f'sampling.{key}'):
-    run_lib.check_success(config, False)
+    trained.check_samples(config, failed, np.inf)
+  trained.check_samples(config, failed._replace(success=True), np.inf)
+  for bad in (np.nan, np.inf, 1e5):
+    diverged = failed._replace(success=True, x=failed.x.at[1, 2].set(bad))
+    with pytest.raises(FloatingPointError, match='diverged'):
+      trained.check_samples(config, diverged, trained.DIVERGED)
 
 
 def test_export_and_import_are_a_round_trip(run, tmp_path):
@@ -463,7 +503,7 @@ def test_export_and_import_are_a_round_trip(run, tmp_path):
   path = tmp_path / 'model.safetensors'
   exchange.export(config, workdir, str(path))
   exchange.import_released(config, tmp_path / 'new', path)
-  like = experiment.abstract_params(config)
+  like = experiment.build(config).abstract_params()
   ours = restore_ema(workdir, like)
   theirs = restore_ema(tmp_path / 'new', like)
   tree_equal(ours, theirs)
@@ -476,7 +516,7 @@ def tree_equal(a, b):
 
 
 def reduced_release(dataset):
-  """(config, path) of a genuine file of the paper's JAX release, reduced."""
+  """Return (config, path) of a file of the paper's JAX release, reduced."""
   config = experiment.load_config('configs/ve/ffhq_256_ncsnpp_continuous.py')
   config.model.update(
     nf=8, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(8,),
@@ -489,13 +529,13 @@ def reduced_release(dataset):
 
 
 def test_released_checkpoint_becomes_a_run(tmp_path):
-  """All that training goes on from is in it, bit by bit."""
+  """The run has all that training continues from, bit by bit."""
   config, path = reduced_release('unused.npz')
   exchange.import_released(config, tmp_path / 'run', path)
-  found = formats.load(path, config)
-  layout = make_layout()
-  init, _ = run_lib.make_init(config, layout)
-  like = jax.eval_shape(init, experiment.abstract_params(config))
+  model, layout = experiment.build(config), make_layout()
+  found = formats.load(path, model.network, model.shape(1))
+  init, _ = run_lib.make_init(model, layout)
+  like = jax.eval_shape(init, model.abstract_params())
   like = replicated(like, layout)
   with Checkpoints(tmp_path / 'run') as saved:
     assert saved.steps == [3]
@@ -504,51 +544,54 @@ def test_released_checkpoint_becomes_a_run(tmp_path):
   assert int(state['step']) == 3
   tree_equal(state['params'], found.params)
   # Adam's mu, nu and count, and the schedule's count.
-  optimizer = experiment.make_optimizer(config)
-  tree_equal(state['opt_state'], formats.optimizer_state(optimizer, found))
+  moments = formats.optimizer_state(model.optimizer, found)
+  tree_equal(state['opt_state'], moments)
   counts = [v for v in jax.tree.leaves(state['opt_state']) if not v.ndim]
   assert [int(v) for v in counts] == [3, 3]
 
 
 @pytest.mark.slow  # compiles a training step, on two cores for a minute
 def test_training_goes_on_from_a_released_checkpoint(tmp_path):
-  """By --mode train: the step that follows the state in the file."""
+  """Training makes the step that follows the state in the file."""
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (8, 16, 16, 3), np.uint8)
   np.savez(tmp_path / 'data.npz', x_train=images, x_test=images)
   config, path = reduced_release(tmp_path / 'data.npz')
   exchange.import_released(config, tmp_path / 'run', path)
   run_lib.train(config, tmp_path / 'run')
-  like = experiment.abstract_params(config)
+  model = experiment.build(config)
+  like = model.abstract_params()
   with Checkpoints(tmp_path / 'run') as saved:
     assert saved.last == 4
   ema = restore_ema(tmp_path / 'run', like)
 
-  found, layout = formats.load(path, config), make_layout()
-  optimizer = experiment.make_optimizer(config)
+  found = formats.load(path, model.network, model.shape(1))
+  layout = make_layout()
   state = run_lib.TrainState(
     np.int32(3),
     found.params,
-    formats.optimizer_state(optimizer, found),
+    formats.optimizer_state(model.optimizer, found),
     found.ema_params,
   )
   state = jax.device_put(jax.tree.map(jnp.asarray, state), layout.replicated)
-  fetch = run_lib.make_fetch(config, datasets.load(config.data, 'train'))
+  fetch = run_lib.make_fetch(model, datasets.load(config.data, 'train'))
   batches = to_global(layout.microbatches, fetch(3))
-  state, _ = run_lib.make_train_steps(config, layout)(state, batches)
+  state, _ = run_lib.make_train_steps(model, layout)(state, batches)
   tree_equal(ema, state.ema)
   moved = jax.tree.map(lambda a, b: (a != b).any(), ema, found.ema_params)
   assert any(jax.tree.leaves(moved))
 
 
 def test_notebook_from_an_exported_file(run, tmp_path):
-  """The README's lines: no flags, no workdir."""
+  """The lines of the README need no flags and no workdir."""
   path = str(tmp_path / 'model.safetensors')
   exchange.export(*run, path)
   # From here on, as in a notebook.
-  config = formats.exported_config(path)
-  params = formats.load(path, config).ema_params
-  sample = jax.jit(experiment.make_sampler(config, batch_size=16))
-  images, nfe, success = sample(params, jax.random.key(0))
+  model, params = experiment.load(path)
+  tree_equal(params, restore_ema(run[1], model.abstract_params()))
+  draw = jax.jit(model.make_sample(16))
+  images, nfe, success, *_ = draw(params, jax.random.key(0))
   assert images.shape == (16, 8, 8, 1) and np.isfinite(images).all()
-  assert nfe == config.sampling.num_steps and success
+  assert nfe == model.config.sampling.num_steps and success
+  pictures = model.sample(params, jax.random.key(0), 16)
+  np.testing.assert_array_equal(pictures, pixels.to_uint8(images))

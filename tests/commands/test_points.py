@@ -1,6 +1,5 @@
-"""Models of points, from a config to numbers and pictures; the figures."""
+"""Models of points, from a config to numbers and pictures; figures."""
 
-import functools
 import json
 import pathlib
 
@@ -9,11 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import evaluation
 import experiment
 import run_lib
 import sampling
 import sde_lib
-from commands import evaluate, points
+from commands import evaluate
 from data import datasets, toy
 from examples import paper_figures
 from tests.exact import GAUSSIAN
@@ -27,7 +27,7 @@ def load(name):
 
 
 def picture(path):
-  """Greys of a PNG, of which some are dark and some light."""
+  """Return the grey levels of a PNG, of which some are dark, some light."""
   pixels = np.asarray(Image.open(path).convert('L'))
   assert pixels.min() < 80 and pixels.max() == 255
   return pixels
@@ -35,9 +35,9 @@ def picture(path):
 
 @pytest.mark.parametrize('name', CONFIGS)
 def test_config(name):
-  """It can run, its points have a law, and its docstring is its command."""
+  """It can run, its points have a law, and its docstring is the command."""
   config = load(name)
-  experiment.check(config)
+  experiment.build(config)
   assert config.data.dataset in toy.DISTRIBUTIONS
   text = (ROOT / 'configs/toy' / f'{name}.py').read_text()
   command = text.split('"""')[1].split('\n\n')[1].replace('\\\n', '').split()
@@ -46,7 +46,7 @@ def test_config(name):
 
 
 def test_trains_and_evaluates(tmp_path):
-  """By the modes of main, in seconds: the model is nearly the truth."""
+  """A model trained for seconds is nearly the true density."""
   config = load('mixture_ve')
   config.training.n_iters = 600
   config.training.checkpoint_freq = config.training.snapshot_freq = 600
@@ -59,12 +59,12 @@ def test_trains_and_evaluates(tmp_path):
   value = lambda name: result[name]['value']
   assert result['count'] == 2000
   assert 0 < value('test_loss') < 0.7
-  # The test points' surprise of the truth and of the model, in nats.
+  # Negative log-likelihoods of the test points: of the model, and true.
   assert abs(value('nats') - value('true_nats')) < 0.1
   law = toy.DISTRIBUTIONS['toy/mixture']
   x = datasets.load(config.data, 'test').fetch(range(4000))
   np.testing.assert_allclose(value('true_nats'), -law.logp(x).mean(), rtol=1e-5)
-  # Which an error of the modes' weights of 0.02 alone makes 1 and 0.05.
+  # An error of 0.02 of the weights of the modes gives 1 and 0.05.
   assert value('true_sliced_wasserstein') < value('sliced_wasserstein') < 1.5
   assert abs(value('energy_distance')) < 0.1
   (folder,) = (tmp_path / 'eval').glob('step_600-*')
@@ -79,27 +79,27 @@ def test_distances_of_shifted_points():
   rng = np.random.default_rng(0)
   x, y = rng.standard_normal((2, 3000, 2))
   np.testing.assert_allclose(
-    points.sliced_wasserstein(x, x + np.array([3.0, 4.0])),
+    evaluation.sliced_wasserstein(x, x + np.array([3.0, 4.0])),
     np.sqrt(12.5),
     rtol=1e-6,
   )
-  assert points.sliced_wasserstein(x, y) < 0.1
-  assert abs(points.energy_distance(x, y)) < 0.01
+  assert evaluation.sliced_wasserstein(x, y) < 0.1
+  assert abs(evaluation.energy_distance(x, y)) < 0.01
   # Of normal distributions far apart: 2 E|x - y| - 2 E|x - x'|.
-  far = points.energy_distance(x, y + np.array([100.0, 0.0]))
+  far = evaluation.energy_distance(x, y + np.array([100.0, 0.0]))
   np.testing.assert_allclose(far, 2 * 100 - 2 * np.sqrt(np.pi), rtol=2e-3)
 
 
 @pytest.mark.parametrize('method', ['ula', 'mala', 'annealed_langevin'])
 def test_langevin_samplers(method):
-  """Of the table of samplers: the moments of a mixture's marginal."""
+  """Langevin samplers of the table have the moments of a marginal."""
   sde = sde_lib.VESDE(sigma_min=0.3, sigma_max=3.0)
   z = sde.prior_sample(jax.random.key(0), (4000, 2))
-  options = {'eps': 0.0, 'step_size': 0.01, 'final_denoise': False}
+  options = {'eps': 1e-6, 'step_size': 0.01, 'final_denoise': False}
   options['num_steps'] = 10 if method == 'annealed_langevin' else 300
   if method == 'annealed_langevin':
     options['corrector_steps'] = 30
-  sampler = functools.partial(sampling.SAMPLERS[method], **options)
+  sampler = sampling.SAMPLERS[method](**options)
   samples = jax.jit(
     lambda rng, z: sampler(rng, GAUSSIAN.score_fn(sde), sde, z)
   )(jax.random.key(1), z)
@@ -114,7 +114,7 @@ def test_langevin_samplers(method):
 
 
 def test_figure_of_the_flow(tmp_path):
-  """In one dimension the ODE keeps quantiles."""
+  """In one dimension the ODE does not change quantiles."""
   numbers = paper_figures.make('ode', tmp_path)
   assert numbers == json.loads((tmp_path / 'ode.json').read_text())
   assert numbers['largest_change_of_quantile'] < 1e-4
@@ -122,7 +122,7 @@ def test_figure_of_the_flow(tmp_path):
 
 
 def test_figure_of_the_sdes(tmp_path):
-  """Forward and reverse paths end in the marginals that they should."""
+  """Forward and reverse paths end in the right marginals."""
   numbers = paper_figures.make('sde', tmp_path)
   bound = 1.63 / np.sqrt(numbers['count'])  # of probability 0.01
   assert numbers['kolmogorov_distance_forward'] < bound

@@ -1,4 +1,4 @@
-"""Every configuration of `configs/`: its size, its numbers, that it runs."""
+"""Every file of `configs/`: its size, its numbers, and that it runs."""
 
 import functools
 import json
@@ -12,12 +12,13 @@ import pytest
 import experiment
 import models
 import sde_lib
+from solvers.grids import GRIDS
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = sorted(
   str(path.relative_to(ROOT / 'configs').with_suffix(''))
   for path in (ROOT / 'configs').glob('*/**/*.py')
-  if path.parent.name != 'toy'  # See test_toy.py.
+  if path.parent.name != 'toy'  # See tests/commands/test_points.py.
 )
 # Millions of parameters of the models that the paper releases, and of NCSN++
 # without the Fourier features and their share of the first dense layer.
@@ -97,12 +98,12 @@ def load(name):
 
 
 def reduced(config):
-  """The config at 16 pixels and a few channels."""
+  """Return the config at 16 pixels and with few channels."""
   with config.unlocked():
     config.data.image_size = 16
     config.training.batch_size = 2
     # DDPM's GroupNorm has 32 groups.
-    if experiment.is_classifier(config):
+    if config.model.name in models.CLASSIFIERS:
       config.model.update(blocks_per_group=1, channel_multiplier=1)
       return config
     config.model.nf = 32 if config.model.name == 'ddpm' else 8
@@ -110,8 +111,14 @@ def reduced(config):
       config.model.update(ch_mult=(1, 2), num_res_blocks=1)
       config.model.update(attn_resolutions=(8,), dropout=0.1)
     if 'num_classes' in config.model:
-      config.model.num_classes = config.sde.num_scales = 10
+      config.model.num_classes = config.training.num_scales = 10
   return config
+
+
+@functools.cache
+def built(name):
+  """Return the Experiment of a config."""
+  return experiment.build(load(name))
 
 
 @functools.cache
@@ -131,10 +138,8 @@ def _num_params(network, image_size):
 
 @pytest.mark.parametrize('name', CONFIGS)
 def test_full_size(name):
-  config = load(name)
-  experiment.check(config)
-  network = experiment.make_network(config)
-  size = _num_params(network, config.data.image_size)
+  model = built(name)
+  size = _num_params(model.network, model.config.data.image_size)
   if name in MILLIONS:
     assert round(size / 1e6, 2) == MILLIONS[name]
   else:
@@ -152,7 +157,7 @@ def test_numbers(name):
   noise = config.sde.get('sigma_max', config.sde.get('beta_max'))
   got = (
     noise,
-    config.sde.get('num_scales', 0),
+    config.training.num_scales,
     config.sampling.num_steps,
     config.sampling.snr,
     config.training.batch_size,
@@ -165,7 +170,7 @@ def test_numbers(name):
 
 @pytest.mark.parametrize('name', CONFIGS)
 def test_file(name):
-  """The docstring's command is this file's; the body is a few lines."""
+  """The command in the docstring is that of the file; the body is short."""
   text = (ROOT / 'configs' / f'{name}.py').read_text()
   _, docstring, body = text.split('"""')
   command = docstring.split('\n\n')[1].replace('\\\n', '').split()
@@ -176,17 +181,16 @@ def test_file(name):
 
 @functools.cache
 def _reduced_losses(name):
-  """Losses [2] of random parameters, by a program that is not optimised."""
-  config = reduced(load(name))
+  """Return losses [2] of random parameters, by a program not optimised."""
+  model = experiment.build(reduced(load(name)))
   draw = np.random.default_rng(0).normal
   params = jax.tree.map(
     lambda s: np.asarray(0.1 * draw(size=s.shape), s.dtype),
-    experiment.abstract_params(config),
+    model.abstract_params(),
   )
-  shape = experiment.image_shape(config, 2)
-  image = np.random.default_rng(1).integers(0, 256, shape, np.uint8)
+  image = np.random.default_rng(1).integers(0, 256, model.shape(2), np.uint8)
   loss_fn = jax.jit(
-    experiment.make_loss_fn(config, train=True),
+    model.loss,
     compiler_options={'xla_backend_optimization_level': 0},
   )
   batch = {'image': image, 'label': np.zeros(2, np.int32)}
@@ -195,7 +199,7 @@ def _reduced_losses(name):
 
 @functools.cache
 def _alike():
-  """For each config, the first that has the same network once reduced."""
+  """Return {config: the first config with the same reduced network}."""
   first, keys = {}, {}
   for name in CONFIGS:
     config = reduced(load(name))
@@ -212,19 +216,28 @@ def test_reduced_forward(name):
   assert loss.shape == (2,) and np.isfinite(loss).all() and (loss > 0).all()
 
 
+def fake_score_fn(self, params, **options):
+  """Stand in for Experiment.score_fn: a score that costs nothing."""
+  del self, params, options
+  return lambda x, t, *label: -x
+
+
 @pytest.mark.parametrize('name', CONFIGS)
 def test_sampler_is_traced(name, monkeypatch):
-  """Predictor, corrector and steps suit the process; no network involved."""
-  config = load(name)
-  fake = lambda config, params, **kwargs: lambda x, t, *label: -x
-  monkeypatch.setattr(experiment, 'make_score_fn', fake)
-  if experiment.is_classifier(config):
+  """Predictor, corrector and steps suit the process, without a network."""
+  model = built(name)
+  monkeypatch.setattr(experiment.Experiment, 'score_fn', fake_score_fn)
+  if model.is_classifier:
     with pytest.raises(ValueError, match='draws no samples'):
-      experiment.make_sampler(config, batch_size=2)
+      model.make_sample(2)
     return
-  sample = experiment.make_sampler(config, batch_size=2)
-  images, *_ = jax.eval_shape(sample, None, jax.random.key(0))
-  assert images.shape == experiment.image_shape(config, 2)
+  images, *_ = jax.eval_shape(model.make_sample(2), None, jax.random.key(0))
+  assert images.shape == model.shape(2)
+
+
+def grid_name(grid):
+  """Return the name of a time grid in a config."""
+  return {type_: name for name, type_ in GRIDS.items()}[type(grid)]
 
 
 METHODS = [
@@ -239,19 +252,20 @@ METHODS = [
 
 @pytest.mark.parametrize('method,options,name', METHODS)
 def test_any_sampler_on_any_config(method, options, name, monkeypatch):
-  """From a given z, guided, with frames; options reach the solver."""
+  """Any sampler takes a given z, guidance and frames."""
   config = load(name)
   config.sampling.update(method=method, num_steps=12, **options)
-  seen = []
-  fake = lambda config, params, **kwargs: lambda x, t, *label: -x
-  monkeypatch.setattr(experiment, 'make_score_fn', fake)
+  model, seen = experiment.build(config), []
+  for key, value in options.items():
+    option = getattr(model.sampler, key)
+    assert (grid_name(option) if key == 'grid' else option) == value
+  monkeypatch.setattr(experiment.Experiment, 'score_fn', fake_score_fn)
 
-  def wrap(score_fn, sde, *, push):
+  def guide(score_fn, sde, *, push):
     seen.append(sde)
     return lambda x, t: score_fn(x, t) + push
 
-  sample = experiment.make_sampler(config, 2, wrap=wrap, frames=3)
-  shape = experiment.image_shape(config, 2)
+  sample, shape = model.make_sample(2, guide=guide, frames=3), model.shape(2)
   z, push = jnp.zeros(shape), jnp.zeros(shape)
   result = jax.eval_shape(sample, None, jax.random.key(0), z, push=push)
   assert [v.shape for v in result] == [shape, (), (), (3, *shape), (3,)]
@@ -265,10 +279,10 @@ def test_bad_sampling_options_are_named():
     wrong = config.copy_and_resolve_references()
     wrong.sampling[key] = value
     with pytest.raises(ValueError, match=f'sampling.{key}={value!r}'):
-      experiment.check(wrong)
-  # Those of the solvers, too, before a network is trained for hours.
+      experiment.build(wrong)
+  # Options of the solvers are checked as well, before a long training.
   for method, key, value in [('unipc', 'order', 4), ('heun', 's_churn', -1.0)]:
     wrong = config.copy_and_resolve_references()
     wrong.sampling.update({'method': method, key: value})
     with pytest.raises(ValueError, match=f'sampling.{key}={value}'):
-      experiment.check(wrong)
+      experiment.build(wrong)

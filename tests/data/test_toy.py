@@ -1,4 +1,4 @@
-"""Points of the plane: densities that integrate to 1 and fit the samples."""
+"""Tests of points in the plane: densities, samples and scores agree."""
 
 import argparse
 
@@ -9,7 +9,7 @@ import pytest
 from scipy.special import i0e
 
 import sde_lib
-from data import datasets, toy
+from data import batches, datasets, pixels, toy
 
 LAWS = toy.DISTRIBUTIONS
 SIDE = 192
@@ -21,7 +21,7 @@ def config(name, **changes):
 
 
 def cells(law, half):
-  """Centres [SIDE^2, 2] of a grid of [-half, half]^2, and a cell's area."""
+  """Return the centres [SIDE^2, 2] of a grid, its edges, and a cell's area."""
   edges = np.linspace(-half, half, SIDE + 1)
   centre = (edges[1:] + edges[:-1]) / 2
   x = np.stack(np.meshgrid(centre, centre, indexing='ij'), axis=-1)
@@ -35,11 +35,11 @@ DENSITIES = [(name, 1.0, 0.0) for name in LAWS if LAWS[name].has_density] + [
 
 @pytest.mark.parametrize('name, alpha, sigma', DENSITIES)
 def test_density(name, alpha, sigma):
-  """Its integral is 1, and 16 x 16 bins hold the samples that it says."""
+  """The density integrates to 1 and predicts the samples in 16 x 16 bins."""
   law = LAWS[name]
   x, edges, area = cells(law, law.extent)
   density = np.exp(jax.jit(law.logp)(x, alpha, sigma)).reshape(SIDE, SIDE)
-  # A jump cuts through cells of the checkerboard's edges.
+  # Cells at the edges of the checkerboard contain a jump.
   jumps = name == 'toy/checkerboard' and not sigma
   assert abs(density.sum() * area - 1) < (0.01 if jumps else 2e-3)
 
@@ -48,7 +48,7 @@ def test_density(name, alpha, sigma):
   coarse = edges[:: SIDE // 16]
   counts, *_ = np.histogram2d(*points.T, bins=(coarse, coarse))
   want = density.reshape(16, SIDE // 16, 16, SIDE // 16).sum((1, 3)) * area * n
-  if jumps:  # whose squares are not the bins
+  if jumps:  # The squares of the checkerboard are not unions of bins.
     bins = want > 0.5 * want.max()
     want, counts = want[bins], counts[bins]
     assert abs(counts.sum() / want.sum() - 1) < 0.02
@@ -75,7 +75,7 @@ def test_rings_in_closed_form():
 
 @pytest.mark.parametrize('name', LAWS)
 def test_score_is_the_gradient(name):
-  """By central differences of the log-density, also where p is tiny."""
+  """The score equals central differences, also where the density is tiny."""
   law, sde = LAWS[name], sde_lib.VPSDE()
   x = jax.random.uniform(jax.random.key(0), (40, 2), minval=-2, maxval=2)
   t = jnp.full(40, 0.3)
@@ -87,7 +87,7 @@ def test_score_is_the_gradient(name):
 
 
 def test_far_from_the_checkerboard():
-  """In the tails the score points back, as that of a point would: no NaN."""
+  """Far away the score points back to the data, without NaN."""
   x = jnp.array([[30.0, 0.3], [-30.0, 0.3]])
   law = LAWS['toy/checkerboard']
   score = jax.grad(lambda x: jnp.sum(law.logp(x, 1.0, 0.5)))(x)
@@ -99,7 +99,7 @@ def test_dataset(name):
   train = datasets.load(config(name), 'train')
   test = datasets.load(config(name), 'test')
   assert (len(train), len(test)) == (100_000, 4000)
-  batch = datasets.train_batch(train, 3, batch_size=5, seed=0)
+  batch = batches.train_batch(train, 3, batch_size=5, seed=0)
   assert batch['image'].shape == (5, 2)
   assert batch['image'].dtype == np.float32
   assert batch['label'].dtype == np.int32
@@ -117,5 +117,5 @@ def test_bad_dims_are_refused():
 
 def test_sigma_max_of_points():
   train = datasets.load(config('toy/checkerboard'), 'test')
-  got = datasets.sigma_max(train)
+  got = pixels.sigma_max(train)
   assert 5.5 < got < np.sqrt(32)

@@ -1,4 +1,4 @@
-"""Networks against the paper's release, closed forms and their own options."""
+"""Compare networks with the paper's release, closed forms and their options."""
 
 import functools
 import itertools
@@ -13,8 +13,8 @@ import models
 from models import layers, ncsn
 from tests import golden
 
-# Compilation is what these tests' time goes into: hence tiny networks, and
-# programs that are not optimised.
+# These tests spend most of their time on compilation. Hence the networks are
+# tiny and the programs are not optimised.
 jit = functools.partial(
   jax.jit, compiler_options={'xla_backend_optimization_level': 0}
 )
@@ -28,7 +28,7 @@ TINY = {
 
 
 def shapes_of(model, size=8, channels=3):
-  """Parameter shapes by path, without drawing any parameter."""
+  """Return parameter shapes by path, without drawing any parameter."""
   x = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
   cond = jax.ShapeDtypeStruct((1,), jnp.float32)
   init = lambda x, cond: model.init(jax.random.key(0), x, cond, train=False)
@@ -43,7 +43,7 @@ def count(shapes):
 
 
 def random_params(model, size=8):
-  """Parameters of plausible size, all away from zero, drawn in numpy."""
+  """Return parameters of plausible size, all away from zero."""
   rng = np.random.default_rng(0)
   flat = {
     path: rng.normal(size=shape, scale=np.prod(shape[:-1]) ** -0.5).astype('f4')
@@ -65,12 +65,12 @@ def images(size=8, batch=2):
 
 
 def twice(x):
-  """The first image, for two noise levels."""
+  """Return the first image twice, for two noise levels."""
   return jnp.concatenate([x[:1], x[:1]])
 
 
 def assert_close(actual, expected, tolerance):
-  """Compares on the scale of each example's largest value."""
+  """Compare on the scale of each example's largest value."""
   for a, e in zip(np.asarray(actual), np.asarray(expected), strict=True):
     np.testing.assert_allclose(a, e, rtol=0, atol=tolerance * np.abs(e).max())
 
@@ -91,7 +91,7 @@ def test_output_equals_the_release(case):
   arrays, params = golden.load(case)
   y = apply(golden.model(case), params, arrays['x'], arrays['cond'])
   expected = arrays['model_out']
-  if case.startswith('ve_'):  # there the release divides by sigma itself
+  if case.startswith('ve_'):  # There the release's network divides by sigma.
     sigma = arrays['std']
     if case == 've_ncsnv2':
       sigma = np.geomspace(50, 0.01, 232)[arrays['cond']]
@@ -173,7 +173,7 @@ def test_structural_options_combine(
   assert f'ResnetBlock{block}_0' in top
   assert ('Combine_0' in top) == (progressive_input == 'input_skip')
   # Only DDPM blocks and residual pyramids resample with parameters of their
-  # own; the parameterless ones count all the same.
+  # own, but those without parameters are counted in the names as well.
   ddpm = int(resblock_type == 'ddpm')
   expected = {'Downsample_0', 'Upsample_0'} if ddpm else set()
   if progressive_input == 'residual':
@@ -220,7 +220,7 @@ def test_images_of_both_ranges_are_mapped_to_the_same():
 
 
 def test_first_output_is_zero():
-  """With init_scale=0 each branch, and so the score, begins near zero."""
+  """Check that with init_scale=0 the score begins near zero."""
   model = models.create(**TINY)
   x, cond = images(4), jnp.ones(2)
   init = jit(
@@ -266,7 +266,7 @@ def test_remat_and_bfloat16_keep_the_parameters(model):
 
 
 def test_gradients_and_remat():
-  """Remat keeps outputs, dropout masks and gradients."""
+  """Check that remat keeps outputs, dropout masks and gradients."""
   model = models.create(**TINY, dropout=0.2)
   params, x, cond = random_params(model), images(), jnp.array([1.0, 2.0])
 
@@ -278,7 +278,7 @@ def test_gradients_and_remat():
     return jnp.mean(y**2), y
 
   grads, y = grad(params, model)
-  assert not grads['GaussianFourierProjection_0']['W'].any()  # never trained
+  assert not grads['GaussianFourierProjection_0']['W'].any()  # Never trained.
   assert grads['Dense_0']['kernel'].any()
   remat = model.clone(remat=True)
   remat_grads, remat_y = grad(params, remat)
@@ -303,7 +303,7 @@ def test_bfloat16_is_close(model):
   y = apply(model, params, x, cond)
   half_y = apply(model.clone(dtype='bfloat16'), params, x, cond)
   assert half_y.dtype == jnp.float32
-  assert jnp.abs(half_y - y).max() > 0  # it does compute with fewer bits
+  assert jnp.abs(half_y - y).max() > 0  # It computes with fewer bits.
   assert jnp.linalg.norm(half_y - y) < 0.03 * jnp.linalg.norm(y)
 
 
@@ -333,10 +333,10 @@ def test_ncsnv2_ignores_and_ncsn_heeds_the_noise_level():
 
 
 def test_instance_norm_plus_plus():
-  """Song & Ermon 2019, Appendix A, by numpy; conditional and not."""
+  """Compare with Song & Ermon 2019, Appendix A, in numpy."""
   x = np.asarray(images(4)) * np.array([1, 2, 3]) + np.array([0, 5, 1])
   rng = np.random.default_rng(0)
-  gamma, alpha, beta = rng.normal(size=(3, 2, 3)).astype('f4')  # [level, C]
+  gamma, alpha, beta = rng.normal(size=(3, 2, 3)).astype('f4')  # [., level, C]
   mean, std = x.mean((1, 2)), np.sqrt(x.var((1, 2)) + 1e-5)
   shift = mean - mean.mean(-1, keepdims=True)
   shift /= np.sqrt(mean.var(-1, keepdims=True) + 1e-5)
@@ -367,7 +367,7 @@ def test_instance_norm_plus_plus():
 def test_classifier_is_wide_resnet_28_10():
   shapes = shapes_of(models.create('wideresnet_noise_conditional'), size=32)
   convolutions = [s for s in shapes.values() if len(s) == 4]
-  assert len(convolutions) == 28 - 3  # less 2 shortcuts, 1 dense layer
+  assert len(convolutions) == 28 - 3  # Without 2 shortcuts, 1 dense layer.
   assert shapes['WideResnetGroup_2/WideResnetBlock_3/conv2/kernel'] == (
     (3, 3, 640, 640)
   )
@@ -395,14 +395,24 @@ def test_classifier_sees_sigma_and_not_the_scale_of_images():
   ('fields', 'message'),
   [
     ({'name': 'ncsnp'}, "did you mean 'ncsnpp'"),
-    ({'name': 'unet'}, r"known: \['ddpm', 'mlp'"),
+    ({'name': 'unet'}, 'use one of ncsnpp, ddpm'),
     ({'name': 'ncsnpp', 'ch_mul': (1,)}, "did you mean 'ch_mult'"),
     ({'name': 'ddpm', 'parent': None}, "field of model 'ddpm': 'parent'"),
     ({'name': 'ncsnpp', 'progressive': 'skip'}, 'none, output_skip, residual'),
-    ({'name': 'ncsnpp', 'nonlinearity': 'gelu'}, 'swish, elu, relu, lrelu'),
-    ({'name': 'ddpm', 'dtype': 'float16'}, 'float32, bfloat16'),
+    ({'name': 'ncsnpp', 'nonlinearity': 'gelu'}, "did you mean 'elu'"),
+    ({'name': 'ncsnpp', 'nonlinearity': 'tanh'}, 'swish, elu, relu, lrelu'),
+    ({'name': 'ddpm', 'dtype': 'float16'}, "did you mean 'bfloat16'"),
     ({'name': 'ncsn', 'dtype': 'half'}, 'float32, bfloat16'),
     ({'name': 'wideresnet_noise_conditional', 'dtype': 'x'}, 'bfloat16'),
+    ({'name': 'ncsnpp', 'dropout': 1.0}, r'NCSNpp: dropout=1.0 is not in \[0'),
+    ({'name': 'ddpm', 'ch_mult': [1, 0]}, 'DDPM: ch_mult'),
+    ({'name': 'ncsnv2', 'nf': 0}, 'NCSNv2: nf=0'),
+    ({'name': 'ncsn', 'num_classes': 0}, 'NCSN: num_classes=0'),
+    ({'name': 'mlp', 'num_layers': 1.5}, 'MLP: num_layers=1.5'),
+    (
+      {'name': 'mlp', 'num_labels': 3, 'conditional': False},
+      'num_labels=3 needs conditional=True',
+    ),
   ],
 )
 def test_wrong_names_and_values_are_explained(fields, message):

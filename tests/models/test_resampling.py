@@ -1,4 +1,4 @@
-"""FIR resampling against its definition, one zero at a time."""
+"""Compare FIR resampling with its definition."""
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +14,19 @@ def image(seed, size):
 
 
 def upfirdn(x, taps, *, up, down, pad):
-  """Insert zeros, pad, convolve, keep every down-th; [H, W] in float64."""
+  """Insert zeros, pad, convolve and keep every down-th, in float64."""
   filter_1d = np.asarray(taps, np.float64) / np.sum(taps)
-  for _ in range(2):  # rows, then columns
+  for _ in range(2):  # Rows, then columns.
     stuffed = np.zeros((x.shape[0] * up, x.shape[1]))
     stuffed[::up] = x * up
     padded = np.pad(stuffed, [pad, (0, 0)])
     columns = [np.convolve(c, filter_1d, 'valid')[::down] for c in padded.T]
-    x = np.stack(columns)  # transposed
+    x = np.stack(columns)  # Transposed.
   return x
 
 
 def correlate(x, kernel, *, stride):
-  """Valid cross-correlation of [H, W] with [K, K]."""
+  """Return the valid cross-correlation of [H, W] with [K, K]."""
   windows = np.lib.stride_tricks.sliding_window_view(x, kernel.shape)
   return np.einsum('hwij,ij->hw', windows, kernel)[::stride, ::stride]
 

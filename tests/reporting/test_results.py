@@ -1,4 +1,4 @@
-"""Progress lines, the log over a resumption, and pictures."""
+"""Tables, curves and pictures of results."""
 
 import json
 
@@ -6,61 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reporting import results as results_lib
+from reporting import results
 from reporting.pictures import save_grid, save_trajectory
-from runtime import progress as progress_lib
-from runtime.progress import Log, Progress, duration
-
-
-@pytest.mark.parametrize(
-  ('seconds', 'text'), [(0.9, '0:00:00'), (61, '0:01:01'), (36e4, '100:00:00')]
-)
-def test_duration(seconds, text):
-  assert duration(seconds) == text
-
-
-def test_progress(monkeypatch, capsys):
-  now = [100.0]
-  monkeypatch.setattr(progress_lib.time, 'monotonic', lambda: now[0])
-  progress = Progress('step', 50, 'steps', start=10, interval=5)
-  now[0] = 104.0
-  progress(11)  # Too early for a line.
-  now[0] = 110.0
-  progress(30, 'loss 0.5')
-  now[0] = 111.0
-  progress(50)  # The last one always comes.
-  assert capsys.readouterr().out.splitlines() == [
-    'step 30/50 loss 0.5 2 steps/s 0:00:10 left',
-    'step 50/50 3.64 steps/s 0:00:00 left',
-  ]
-
-
-def test_progress_without_progress(monkeypatch, capsys):
-  monkeypatch.setattr(progress_lib.time, 'monotonic', lambda: 0.0)
-  Progress('step', 50, 'steps', interval=0)(0)
-  assert capsys.readouterr().out == 'step 0/50 0 steps/s ? left\n'
-
-
-def read(workdir):
-  lines = (workdir / 'train.jsonl').read_text().splitlines()
-  return [json.loads(line) for line in lines]
-
-
-def test_log_goes_on_where_the_checkpoint_was(tmp_path):
-  with Log(tmp_path, resumed_at=0) as log:
-    for step in (1, 2, 3):
-      log.write(step, loss=np.float32(step / 4))
-  with (tmp_path / 'train.jsonl').open('a') as file:
-    file.write('{"step": 4, "lo')  # Killed while writing.
-  with Log(tmp_path, resumed_at=2) as log:
-    log.write(3, loss=7, test_loss=8)
-  assert read(tmp_path) == [
-    {'step': 1, 'loss': 0.25},
-    {'step': 2, 'loss': 0.5},
-    {'step': 3, 'loss': 7.0, 'test_loss': 8.0},
-  ]
-  events = list((tmp_path / 'tensorboard').iterdir())
-  assert events and all('tfevents' in event.name for event in events)
+from runtime.files import write_json
 
 
 @pytest.mark.parametrize('channels', [1, 3, 4])
@@ -106,7 +54,7 @@ def result(step, nfe, fid, **sampler):
 
 @pytest.fixture
 def axes(monkeypatch):
-  """What is drawn, kept from being closed."""
+  """Keep the figures from being closed, and return the axes of the last."""
   from matplotlib import pyplot as plt
 
   figures = []
@@ -117,7 +65,7 @@ def axes(monkeypatch):
 
 
 def drawn(ax):
-  """{label: ([x], [y])} of an axis."""
+  """Return {label: ([x], [y])} of an axis."""
   return {
     bars.get_label(): tuple(list(v) for v in bars[0].get_data())
     for bars in ax.containers
@@ -125,12 +73,12 @@ def drawn(ax):
 
 
 def test_curves(tmp_path, axes):
-  results = [
+  found = [
     {'step': 1, 'nfe': 10, 'fid': {'value': 9.0, 'std_error': None}},
     {'step': 2, 'loss': {'value': 0.5, 'std_error': 0.1}},
   ]
   path = tmp_path / 'curves.png'
-  results_lib.save_curves(path, results, ['loss', 'bpd', 'fid'])
+  results.save_curves(path, found, ['loss', 'bpd', 'fid'])
   with Image.open(path) as picture:
     # Panels of loss, FID, and FID against NFE.
     assert picture.size == (1200, 300)
@@ -140,18 +88,19 @@ def test_curves(tmp_path, axes):
 
 
 def test_each_sampler_has_its_line(tmp_path, axes):
-  """Against NFE those with other steps are one line; against step they differ.
+  """Results that differ in the cost only are one line against the NFE.
 
-  Settings that do not vary are not in the legend.
+  Against the step they are several. Settings that do not vary are not in the
+  legend.
   """
-  results = [
+  found = [
     result(8, 10, 9.0, predictor='none'),
     result(8, 20, 5.0, predictor='none'),
     result(8, 5, 7.0, predictor='heun'),
     result(8, 15, 4.0, predictor='heun'),
     result(4, 10, 20.0, predictor='none'),
   ]
-  results_lib.save_curves(tmp_path / 'curves.png', results, ['fid'])
+  results.save_curves(tmp_path / 'curves.png', found, ['fid'], ['num_steps'])
   over_steps, over_nfe = axes()
   assert drawn(over_nfe) == {
     'none, step 8': ([10, 20], [9, 5]),
@@ -165,11 +114,11 @@ def test_each_sampler_has_its_line(tmp_path, axes):
 
 
 def test_table(tmp_path, capsys):
-  results = [
+  found = [
     result(8, 20, 5.0, predictor='none'),
     result(4, 10, 12.3456, predictor='none'),
   ]
-  results_lib.save_results(tmp_path, results)
+  results.save_results(tmp_path, found)
   lines = (tmp_path / 'results.txt').read_text().splitlines()
   assert [' '.join(line.split()) for line in lines] == [
     'of settings NFE N fid is_1_split',
@@ -189,8 +138,53 @@ def test_table(tmp_path, capsys):
   ]
 
 
+def test_metrics_are_discovered(tmp_path):
+  """A metric that no list names is a column and a panel; other dicts are not.
+
+  The files are written twice, the second time from what the first time wrote.
+  """
+  found = [
+    {'step': 4, 'mine': {'value': 1.0}, 'config': {'seed': 1}},
+    {'step': 8, 'yours': {'value': 2.0}, 'mine': {'value': None, 'note': 'no'}},
+  ]
+  assert results.metrics(found) == ['mine', 'yours']
+  names = ('true_a', 'true_b', 'c', 'a')
+  pairs = [{'step': 1, name: {'value': 0.0}} for name in names]
+  assert results.metrics(pairs) == ['true_b', 'c', 'a', 'true_a']
+  results.save_results(tmp_path, found)
+  text = (tmp_path / 'results.txt').read_text()
+  again = json.loads((tmp_path / 'results.json').read_text())
+  results.save_results(tmp_path, again)
+  assert (tmp_path / 'results.txt').read_text() == text
+  assert [' '.join(line.split()) for line in text.splitlines()] == [
+    'of mine yours',
+    'step 4 1',
+    'step 8 n/a 2',
+    'mine: no',
+  ]
+
+
+def test_results_of_the_first_version_are_read(tmp_path):
+  """Its 'sampler' held all options, also those of other commands."""
+  old = [
+    {
+      'step': 1,
+      'sampler': {'num_samples': n, 'method': 'pc'},
+      'fid': {'value': n},
+    }
+    for n in (1, 2)
+  ]
+  write_json(tmp_path / 'old.json', old)
+  table = results.table(json.loads((tmp_path / 'old.json').read_text()))
+  assert [line.split() for line in table.splitlines()] == [
+    ['of', 'fid'],
+    ['step', '1', '1'],
+    ['step', '1', '2'],
+  ]
+
+
 def test_no_curves_of_nothing(tmp_path):
-  results_lib.save_curves(tmp_path / 'curves.png', [{'step': 1}], ['fid'])
+  results.save_curves(tmp_path / 'curves.png', [{'step': 1}], ['fid'])
   assert not any(tmp_path.iterdir())
 
 

@@ -1,52 +1,39 @@
-"""The adaptive solver of the reverse SDE, on data whose score is known."""
-
-import functools
+"""Test the adaptive solver of the reverse SDE with known scores."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import sampling
 import sde_lib
 from solvers import adaptive_sde
 from tests.exact import MIXTURE
 from tests.test_sampling import SDES, assert_moments, compiled, name, prior
 
 
-@functools.cache
-def sampler(sde):
-  """run(rtol) -> Samples of the mixture."""
-
-  @compiled
-  def run(z, rtol):
-    return sampling.adaptive_sde_sample(
-      jax.random.key(0),
-      MIXTURE.score_fn(sde),
-      sde,
-      z,
-      eps=1e-3,
-      sde_rtol=rtol,
-      sde_atol=rtol,
-    )
-
-  return lambda rtol: run(prior(sde), rtol)
+def sample(sde, rtol):
+  """Return Samples of the mixture."""
+  sampler = adaptive_sde.AdaptiveSDE(eps=1e-3, sde_rtol=rtol, sde_atol=rtol)
+  score_fn = MIXTURE.score_fn(sde)
+  return compiled(lambda z: sampler(jax.random.key(0), score_fn, sde, z))(
+    prior(sde)
+  )
 
 
 @pytest.mark.parametrize('sde', SDES[:3], ids=name)
 def test_it_reaches_the_data(sde):
-  samples = sampler(sde)(0.02)
+  samples = sample(sde, 0.02)
   assert samples.success
   assert_moments(np.asarray(samples.x), MIXTURE, bias=0.04)
 
 
 def test_tolerance_costs_evaluations():
-  nfe = [int(sampler(SDES[1])(rtol).nfe) for rtol in (0.5, 0.1, 0.02)]
+  nfe = [int(sample(SDES[1], rtol).nfe) for rtol in (0.5, 0.1, 0.02)]
   assert nfe[0] < nfe[1] < nfe[2]
 
 
 def test_brownian_path():
-  """A fixed path: w(0) = 0, and increments that are independent N(0, dt)."""
+  """Check w(0) = 0 and that the increments are independent N(0, dt)."""
   times = jnp.asarray([0.0, 1e-3, 0.25, 0.3, 0.9, 1.0])
   walk = compiled(
     jax.vmap(
@@ -62,7 +49,7 @@ def test_brownian_path():
 
 
 def test_a_linear_sde_without_noise_is_solved():
-  """dx = x dt backwards from 1 to 0 is exp(-1), to the order of the method."""
+  """Check that dx = x dt, solved backwards from 1 to 0, gives exp(-1)."""
   solve = compiled(
     lambda rtol: adaptive_sde.solve_sde(
       jax.random.key(0),

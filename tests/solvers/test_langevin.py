@@ -1,4 +1,4 @@
-"""Langevin dynamics: known moments, and the weights of distant modes."""
+"""Test Langevin dynamics: moments, and the weights of distant modes."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def gaussian_score(x):
 
 
 def gaussian_ratio(x, y):
-  """log p(y) - log p(x) of N(0, diag(VARIANCE))."""
+  """Return log p(y) - log p(x) for N(0, diag(VARIANCE))."""
   energy = lambda x: 0.5 * jnp.sum(-gaussian_score(x) * x, axis=1)
   return energy(x) - energy(y)
 
@@ -35,7 +35,7 @@ def unadjusted(step_size):
 
 
 def assert_variance(x, want):
-  """Mean 0 and a variance, within 4 standard errors."""
+  """Check that the mean is 0 and the variance as wanted, in 4 std errors."""
   x, want = np.asarray(x), np.asarray(want)
   error = 4 / np.sqrt(len(x))
   np.testing.assert_allclose(x.mean(0) / np.sqrt(want), 0, atol=error)
@@ -43,7 +43,7 @@ def assert_variance(x, want):
 
 
 def test_bias_of_the_unadjusted_chain():
-  """v / (1 - e / 2v) for a Gaussian: it falls linearly with the step e."""
+  """Check the variance v / (1 - e / 2v) of a Gaussian with the step e."""
   steps = np.array([0.2, 0.1, 0.05])
   biases = []
   for e in steps:
@@ -59,7 +59,7 @@ def test_bias_of_the_unadjusted_chain():
 
 @pytest.mark.parametrize('ratio', [gaussian_ratio, None], ids=['exact', 'path'])
 def test_metropolis_has_no_bias(ratio):
-  """At a step at which the unadjusted chain is off by two thirds."""
+  """Check it with a step at which the unadjusted chain has an error of 2/3."""
   chains = jax.jit(
     lambda rng: langevin.metropolis(
       rng,
@@ -108,12 +108,12 @@ def mixture_score(x, sigma):
 
 
 def weight(x):
-  """Share of the points in the mode of weight 0.8."""
+  """Return the share of the points in the mode of weight 0.8."""
   return float((np.asarray(x).sum(axis=1) > 0).mean())
 
 
 def test_weights_of_modes():
-  """Annealed Langevin dynamics finds them, plain dynamics does not.
+  """Check that annealed Langevin dynamics finds them and plain does not.
 
   Song & Ermon 2019, Figure 3, by exact scores: from uniform starts, the plain
   chain ends in the nearer mode, so each has about half of the chains.

@@ -1,4 +1,4 @@
-"""The adaptive ODE solver against scipy."""
+"""Test the adaptive ODE solver against scipy."""
 
 import jax
 import jax.numpy as jnp

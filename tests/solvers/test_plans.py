@@ -1,4 +1,4 @@
-"""Fast solvers: orders of convergence, what they cost, and where they end."""
+"""Test the fast solvers: orders of convergence, cost, and distribution."""
 
 import functools
 
@@ -18,21 +18,33 @@ SDES = [
   sde_lib.VPSDE(),
   sde_lib.SubVPSDE(),
 ]
+# Processes with discrete levels, and the number of their levels.
+LEVELS = 200
 DISCRETE = [
-  sde_lib.DDPM(num_scales=200),
-  sde_lib.VESDE(sigma_min=0.01, sigma_max=50.0, num_scales=200),
+  sde_lib.DDPM(num_scales=LEVELS),
+  sde_lib.VESDE(sigma_min=0.01, sigma_max=50.0),
 ]
-name = lambda sde: type(sde).__name__ + '_discrete' * bool(sde.num_scales)
+# (process, number of levels; 0 for continuous time).
+CASES = [(sde, 0) for sde in SDES] + [(sde, LEVELS) for sde in DISCRETE]
+name = lambda sde: type(sde).__name__
+case_name = lambda case: name(case[0]) + '_discrete' * bool(case[1])
 
-# What each solver costs per step of the grid.
-COSTS = dict.fromkeys(plans.SOLVERS, 1)
+SOLVERS = {
+  name: sampler
+  for name, sampler in sampling.SAMPLERS.items()
+  if issubclass(sampler, plans.PlanSampler)
+}
+# Score evaluations of each solver per step of the grid.
+COSTS = dict.fromkeys(SOLVERS, 1)
 COSTS |= {'heun': 2, 'dpmpp_2s': 2, 'dpmpp_3s': 3}
 
 ROWS, DEPTH = 480, 4
+# Options of 'heun': noise at all levels, with the theoretical deviation.
+WIDE = {'s_min': 0.0, 's_max': np.inf, 's_noise': 1.0}
 
 
 def padded(plan):
-  """The same plan, of `ROWS` and `DEPTH`, so that one program serves all."""
+  """Return the plan, padded to ROWS and DEPTH: one program serves all."""
   rows, depth = ROWS - len(plan.t), DEPTH + 1 - plan.move.shape[1]
   idle = np.zeros((rows, 1))
   return plans.Plan(
@@ -47,11 +59,11 @@ def padded(plan):
 
 @functools.cache
 def program(sde, noisy):
-  """run(plan, z) -> x on the mixture."""
+  """Return run(plan, z) -> x for the mixture."""
 
   @compiled
   def run(plan, z):
-    return sampling.carry_out(
+    return plans.carry_out(
       plan,
       jax.random.key(0),
       MIXTURE.score_fn(sde),
@@ -80,19 +92,19 @@ ORDERS = [
 
 
 def order_of(num_steps, errors):
-  """Slope of log error against log step size."""
+  """Return the slope of the log error against the log step size."""
   return np.polyfit(-np.log(num_steps), np.log(errors), 1)[0]
 
 
 @pytest.mark.parametrize('sde', SDES, ids=name)
 def test_order_of_convergence(sde):
-  """In float64, on a mixture, against a solution with 160 times less error."""
+  """Compare in float64 with a solution whose error is 160 times smaller."""
   with jax.enable_x64(True):
     z = sde.prior_sample(jax.random.key(0), (32, 2)).astype(jnp.float64)
 
     def solve(solver, num_steps, **options):
-      t = grids.time_grid(sde, num_steps + 1, 0.02, grid='log_snr')
-      return program(sde, False)(plans.SOLVERS[solver](sde, t, **options), z)
+      t = grids.LogSNR()(sde, num_steps + 1, 0.02)
+      return program(sde, False)(SOLVERS[solver](**options).plan(sde, t), z)
 
     exact = solve('unipc', ROWS, order=3)
     for solver, options, order in ORDERS:
@@ -106,9 +118,10 @@ def test_order_of_convergence(sde):
 
 
 def _gaussian_variance(sde, plan, data_std):
-  """Variance of the result for centred Gaussian data, whose D is linear in x.
+  """Return the variance of the result for centred Gaussian data.
 
-  The covariance of (x, base, D_0, ..) obeys a recursion: no sampling error.
+  D is linear in x then, so the covariance of (x, base, D_0, ..) follows a
+  recursion, without sampling error.
   """
   size = plan.move.shape[1] + 1
   alpha, sigma = grids.marginal(sde, 1.0)
@@ -139,32 +152,35 @@ def _gaussian_variance(sde, plan, data_std):
   ],
 )
 def test_weak_order_of_stochastic_solvers(sde, solver, options, order):
-  """Error of the variance, which is that of p_t whatever the noise."""
+  """Check the error of the variance, which does not depend on the noise."""
   num_steps, errors = np.array([100, 200, 400]), []
   alpha, sigma = grids.marginal(sde, np.float32(0.02))
   exact = float(alpha**2 * 0.4**2 + sigma**2)
   for n in num_steps:
-    t = grids.time_grid(sde, n + 1, 0.02, grid='log_snr')
-    plan = plans.SOLVERS[solver](sde, t, **options)
+    t = grids.LogSNR()(sde, n + 1, 0.02)
+    options = WIDE | options if solver == 'heun' else options
+    plan = SOLVERS[solver](**options).plan(sde, t)
     assert plan.noise.any()
     errors.append(abs(_gaussian_variance(sde, plan, 0.4) - exact))
   found = order_of(num_steps, errors)
   assert abs(found - order) < 0.35, (found, errors)
 
 
-# ------------------------------------------------------------ where they end
+# ------------------------------------------------------------- distribution
 
 
-@pytest.mark.parametrize('sde', SDES + DISCRETE, ids=name)
-def test_every_solver_reaches_the_data(sde):
+@pytest.mark.parametrize('case', CASES, ids=case_name)
+def test_every_solver_reaches_the_data(case):
+  sde, num_scales = case
   z = sde.prior_sample(jax.random.key(1), (2000, 2))
-  for solver, function in plans.SOLVERS.items():
-    options = {'s_churn': 10.0} if solver == 'heun' else {}
-    t = grids.time_grid(sde, 61, 1e-3, grid='edm')
-    plan = plans.with_denoising(function(sde, t, **options), t[-1])
+  for solver, sampler in SOLVERS.items():
+    options = WIDE | {'s_churn': 10.0} if solver == 'heun' else {}
+    t = grids.EDM()(sde, 61, 1e-3, num_scales)
+    plan = sampler(num_scales=num_scales, **options).plan(sde, t)
+    plan = plans.with_denoising(plan, t[-1])
     assert len(plan.t) == 60 * COSTS[solver] + 1
-    if sde.num_scales:  # Everything happens on the levels.
-      levels = plan.t * (sde.num_scales - 1)
+    if num_scales:  # Everything happens on the levels.
+      levels = plan.t * (num_scales - 1)
       np.testing.assert_allclose(levels, np.rint(levels), atol=1e-4)
     x = program(sde, True)(plan, z)
     assert_moments(x, MIXTURE, bias=0.04)
@@ -172,22 +188,23 @@ def test_every_solver_reaches_the_data(sde):
 
 def test_stochastic_heun_adds_noise_between_its_levels():
   sde = SDES[0]
-  t = grids.time_grid(sde, 11, 1e-5, grid='edm')
-  plan = plans.heun(sde, t, s_churn=4.0, s_min=0.1, s_max=10.0, s_noise=1.0)
+  t = grids.EDM()(sde, 11, 1e-5)
+  options = {'s_churn': 4.0, 's_min': 0.1, 's_max': 10.0, 's_noise': 1.0}
+  plan = plans.Heun(**options).plan(sde, t)
   sigma = np.asarray(sde.marginal(t)[1])
   inside = (sigma >= 0.1) & (sigma <= 10) & (np.arange(11) < 10)
   raised = np.asarray(sde.marginal(plan.t[::2])[1]) / sigma[:-1]
   np.testing.assert_allclose(raised, np.where(inside[:-1], 1.4, 1), rtol=1e-4)
   noise = sigma[1:] * np.sqrt(np.where(inside[1:], 1.4**2 - 1, 0))
   np.testing.assert_allclose(plan.noise[1::2], noise, rtol=1e-4)
-  # No level above that of t = 1.
-  capped = plans.heun(sde, t, s_churn=4.0)
+  # No level is above that of t = 1.
+  capped = plans.Heun(**WIDE | {'s_churn': 4.0}).plan(sde, t)
   assert capped.t.max() == 1
 
 
-def test_unipc_refuses_orders_that_it_has_not():
-  with pytest.raises(ValueError, match='sampling.order=4'):
-    plans.unipc(SDES[1], np.array([1, 0.5, 0.1]), order=4)
+def test_unipc_refuses_unknown_orders():
+  with pytest.raises(ValueError, match='order=4'):
+    plans.UniPC(order=4)
 
 
 # -------------------------------------------------------------------- grids
@@ -195,7 +212,7 @@ def test_unipc_refuses_orders_that_it_has_not():
 
 def test_edm_grid_is_karras_formula():
   sde = SDES[0]
-  t = grids.time_grid(sde, 9, 0.1, grid='edm', rho=7.0)
+  t = grids.EDM(rho=7.0)(sde, 9, 0.1)
   sigma = np.asarray(sde.marginal(t)[1], float)
   first, last = 50.0 ** (1 / 7), sigma[-1] ** (1 / 7)
   karras = (first + np.arange(9) / 8 * (last - first)) ** 7
@@ -204,7 +221,7 @@ def test_edm_grid_is_karras_formula():
 
 @pytest.mark.parametrize('sde', SDES, ids=name)
 def test_log_snr_grid_is_even_in_lambda(sde):
-  t = grids.time_grid(sde, 20, 1e-3, grid='log_snr')
+  t = grids.LogSNR()(sde, 20, 1e-3)
   assert t[0] == 1 and t[-1] == np.float32(1e-3)
   steps = np.diff(grids.half_log_snr(sde, t))
   np.testing.assert_allclose(steps, steps.mean(), rtol=1e-3)
@@ -214,45 +231,43 @@ def test_log_snr_grid_is_even_in_lambda(sde):
 @pytest.mark.parametrize('sde', DISCRETE, ids=name)
 def test_levels_are_taken_once(sde, grid):
   for num_steps in (1, 7, 150, 200):
-    labels = grids.time_grid(sde, num_steps, 1e-3, grid=grid) * 199
+    labels = grids.GRIDS[grid]()(sde, num_steps, 1e-3, LEVELS) * 199
     np.testing.assert_allclose(labels, np.rint(labels), atol=1e-4)
     assert (np.diff(labels) < -0.5).all()
     assert labels[0] > 198.5 and (num_steps == 1 or labels[-1] < 0.5)
 
 
 def test_grids_refuse_what_they_cannot():
-  with pytest.raises(ValueError, match='none of'):
-    grids.time_grid(SDES[1], 5, 1e-3, grid='even')
   with pytest.raises(ValueError, match='rho'):
-    grids.time_grid(SDES[1], 5, 1e-3, grid='edm', rho=0)
+    grids.EDM(rho=0.0)
   with pytest.raises(ValueError, match='200 noise levels'):
-    grids.time_grid(DISCRETE[0], 201, 1e-3, grid='edm')
+    grids.EDM()(DISCRETE[0], 201, 1e-3, LEVELS)
 
 
-# ----------------------------------------------------------- all in the table
+# ---------------------------------------------------- all samplers of the table
 
 
 def small(method):
-  """The sampler with options for a short run."""
+  """Return the sampler with options for a short run."""
   options = {'num_steps': 6, 'final_denoise': True}
   if method == 'pc':
     options |= {
-      'predictor': predictors.ancestral,
-      'corrector': functools.partial(predictors.langevin, snr=0.1),
+      'predictor': predictors.Ancestral(),
+      'corrector': predictors.Langevin(snr=0.1),
       'num_steps': 25,
     }
   elif method == 'ode':
-    options = {'rtol': 0.1, 'atol': 0.1}
+    options = {'rtol': 0.1, 'atol': 0.1, 'final_denoise': False}
   elif method == 'adaptive_sde':
     options = {'sde_rtol': 0.5, 'sde_atol': 0.1}
   elif method in ('ula', 'mala', 'annealed_langevin'):
     options |= {'step_size': 1e-3}
-  return functools.partial(sampling.SAMPLERS[method], eps=1e-2, **options)
+  return sampling.SAMPLERS[method](eps=1e-2, **options)
 
 
 @pytest.mark.parametrize('method', sampling.SAMPLERS)
 def test_nfe_is_what_is_evaluated(method):
-  """Without compiling, loops run in Python and every evaluation is a call."""
+  """Count calls without compiling, where loops run in Python."""
   sde, calls = SDES[1], []
 
   def counting(x, t):
@@ -274,10 +289,9 @@ def test_frames_lead_from_noise_to_the_samples(method):
   z = jax.random.normal(jax.random.key(0), (3, 2))
 
   def run(**options):
-    sampler = functools.partial(
-      small(method), score_fn=GAUSSIAN.score_fn(sde), sde=sde, **options
-    )
-    return compiled(lambda rng, z: sampler(rng, z=z))(jax.random.key(1), z)
+    sampler, score_fn = small(method), GAUSSIAN.score_fn(sde)
+    sample = lambda rng, z: sampler(rng, score_fn, sde, z, **options)
+    return compiled(sample)(jax.random.key(1), z)
 
   samples, plain = run(frames=4), run()
   assert samples.frames.shape == (4, 3, 2) and plain.frames.shape == (0, 3, 2)

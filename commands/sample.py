@@ -1,0 +1,66 @@
+"""The mode `sample` without a control: samples, and the way to them."""
+
+import jax
+import numpy as np
+
+from commands import trained
+from reporting import pictures
+from runtime.files import save_npz
+from runtime.progress import say
+
+
+def viewable(model, frames, times):
+  """Return states on the way, scaled so that noise is as strong as the data.
+
+  About the mean of alpha x_0 they are scaled by s / |(alpha s, sigma)|, where
+  s = 1/4 is about the spread of images in [0, 1]. Points stay as they are.
+
+  Args:
+    model: an Experiment.
+    frames: states [F, B, ...] in [0, 1].
+    times: their times [F].
+  """
+  data = model.config.data
+  if data.dims:
+    return frames
+  alpha, sigma = model.sde.marginal(times)
+  centre, noise = (0.5, sigma / 2) if data.centered else (alpha / 2, sigma)
+  scale = 0.25 / np.hypot(0.25 * alpha, noise)
+  column = lambda v: np.reshape(v, (-1,) + (1,) * (frames.ndim - 1))
+  centre = np.broadcast_to(centre, alpha.shape)
+  return 0.5 + (frames - column(centre)) * column(scale)
+
+
+def sample(config, workdir):
+  """Write samples of a checkpoint: workdir/samples/step_N-HASH.npz and .png.
+
+  There are config.sampling.num_samples of them; the .npz holds them as uint8
+  `images` (or float32 `points`) and the number of score evaluations as `nfe`.
+  With config.sampling.frames, the way of those of the first batch is there too:
+  float32 `frames` [F, B, ...] at `frame_times` [F], and as pictures
+  step_N-HASH_frames.png and .gif.
+  """
+  run = trained.restore(config, workdir)
+  model, count = run.model, config.sampling.num_samples
+  size = trained.batch_size(config, count)
+  samples, film = [], {}
+  batches = trained.draw(run, count, size, frames=config.sampling.frames)
+  for number, found in batches:
+    samples.append(model.to_data(found.x))
+    if config.sampling.frames and number == 0:
+      film['frames'] = np.asarray(found.frames)[:, :count]
+      film['frame_times'] = np.asarray(found.times)
+  if jax.process_index():
+    return
+  samples = np.concatenate(samples)[:count]
+  what = 'points' if config.data.dims else 'images'
+  path = run.workdir / 'samples' / f'{run.name}.npz'
+  save_npz(path, **{what: samples}, nfe=np.asarray(found.nfe), **film)
+  shown = samples if config.data.dims else samples[:400]
+  pictures.save_samples(path.with_suffix('.png'), shown)
+  say(f'{count} samples, {int(found.nfe)} NFE each: {path} and .png.')
+  if film:
+    frames = model.to_data(viewable(model, *film.values()))
+    path = path.with_name(path.stem + '_frames.png')
+    pictures.save_trajectory(path, frames)
+    say(f'The way to them: {path} and .gif.')

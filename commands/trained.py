@@ -1,0 +1,236 @@
+"""A finished run: its weights, what results of it are named by, its samples.
+
+All commands that sample do it with `draw`, in batches over all devices. What is
+random in a batch is a function of the seed and the number of the batch.
+"""
+
+import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+
+import experiment
+from checkpoints.workdir import Checkpoints
+from configs import schema
+from experiment import Experiment
+from runtime.devices import Layout, check_divisible, make_layout, replicated
+from runtime.files import digest
+from runtime.progress import Progress
+from solvers.base import Samples
+
+# Larger than the noise of any process: larger values mean that sampling
+# diverged.
+DIVERGED = 1e4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+  """A checkpoint of a run.
+
+  Attributes:
+    model: the Experiment of the config that the command was given.
+    workdir: folder of the run.
+    step: training steps taken.
+    params: averaged parameters, on all devices.
+    layout: where arrays live.
+  """
+
+  model: Experiment
+  workdir: pathlib.Path
+  step: int
+  params: Any
+  layout: Layout
+
+  @functools.cached_property
+  def name(self) -> str:
+    """Name of results: the step, and a hash of all that samples depend on.
+
+    It covers weights and config, but not the number of samples: a larger number
+    adds to the samples that are there.
+    """
+    weights = map(np.asarray, jax.tree.leaves(self.params))
+    key = identity(self.model.config, *weights)
+    return f'step_{self.step}-{key}'
+
+
+def identity(config, *more) -> str:
+  """Return eight hexadecimal digits of all that samples depend on.
+
+  Args:
+    config: a ConfigDict.
+    *more: further values and arrays.
+  """
+  wanted = schema.marked(config, 'samples')
+  return digest(wanted, jax.process_count(), *more)[:8]
+
+
+def restore_step(model, layout, saved, workdir, step) -> Run:
+  """Return a checkpoint as a Run; arguments are those of `Run`.
+
+  `saved` are the open `Checkpoints` of workdir.
+  """
+  like = replicated(model.abstract_params(), layout)
+  params = saved.restore(step, like, 'ema')
+  return Run(
+    model=model,
+    workdir=pathlib.Path(workdir),
+    step=step,
+    params=params,
+    layout=layout,
+  )
+
+
+def restore(config, workdir, model=None) -> Run:
+  """Return the last checkpoint that config.eval.checkpoint names, as a Run.
+
+  Args:
+    config: a ConfigDict.
+    workdir: folder of the run.
+    model: the Experiment of the config, if it has been built already.
+
+  Raises:
+    FileNotFoundError, ValueError: there is none, or it is of another config.
+  """
+  model = model or experiment.build(config)
+  with Checkpoints(workdir) as saved:
+    step = saved.select(config.eval.checkpoint)[-1]
+    experiment.claim(config, workdir, write=False)
+    return restore_step(model, make_layout(), saved, workdir, step)
+
+
+def facts(config) -> dict[str, Any]:
+  """Return what a number needs beside it to be trusted and made again."""
+  versions = {m.__name__: m.__version__ for m in (jax, flax, np)}
+  return {
+    'seed': config.seed,
+    'config': experiment.json_of(config),
+    'versions': versions,
+  }
+
+
+def sampler_of(config) -> dict[str, Any]:
+  """Return the keys of config.sampling that samples depend on, by name."""
+  return {
+    path.removeprefix('sampling.'): value
+    for path, value in schema.marked(config, 'samples').items()
+    if path.startswith('sampling.')
+  }
+
+
+# ------------------------------------------------------------------- samples
+
+
+def batch_size(config, count: int) -> int:
+  """Return the size of batches of samples that divides by all devices."""
+  devices = jax.device_count()
+  size = min(config.eval.batch_size, math.ceil(count / devices) * devices)
+  check_divisible(size, 'config.eval.batch_size')
+  return size
+
+
+def draw(
+  run: Run,
+  count: int,
+  size: int,
+  *,
+  guide: Callable | None = None,
+  rows: Mapping[str, np.ndarray] | None = None,
+  shared: Mapping[str, Any] | None = None,
+  frames: int = 0,
+  split: bool = False,
+  skip: Callable[[int], bool] = lambda number: False,
+) -> Iterator[tuple[int, Samples | None]]:
+  """Yield (number, samples) of each batch; the last holds more than `count`.
+
+  Args:
+    run: weights and Experiment.
+    count: number of samples in all.
+    size: samples of a batch, divisible by the number of devices.
+    guide: a Guidance, guide(score_fn, sde, **rows, **shared) -> score_fn.
+    rows: what each sample is guided by, arrays [count, ...].
+    shared: what all samples are guided by, pytrees.
+    frames: states to record; 0 for none.
+    split: whether samples stay on the devices that made them, rather than
+      being sent to all hosts.
+    skip: skip(number) tells that a batch is not needed: its samples are None.
+
+  Raises:
+    FloatingPointError: the solver did not arrive, or samples diverged.
+  """
+  layout, rows = run.layout, rows or {}
+  sample = run.model.make_sample(size, guide=guide, frames=frames)
+  everywhere = layout.replicated
+  make = jax.jit(
+    lambda params, rng, rows, shared: sample(params, rng, **rows, **shared),
+    in_shardings=(everywhere, None, layout.split, everywhere),
+    out_shardings=Samples(
+      x=layout.split if split else everywhere,
+      nfe=everywhere,
+      success=everywhere,
+      frames=everywhere,
+      times=everywhere,
+    ),
+  )
+
+  def spread(v):
+    return jax.make_array_from_callback(v.shape, layout.split, v.__getitem__)
+
+  unit = 'points' if run.model.config.data.dims else 'images'
+  progress = Progress('samples', count, unit)
+  for number, start in enumerate(range(0, count, size)):
+    found = None
+    if not skip(number):
+      members = np.arange(start, start + size) % count
+      mine = {key: spread(value[members]) for key, value in rows.items()}
+      rng = jax.random.fold_in(jax.random.key(run.model.config.seed), number)
+      found = make(run.params, rng, mine, shared or {})
+      check_samples(run.model.config, found, DIVERGED if guide else math.inf)
+    yield number, found
+    progress(min(count, start + size))
+
+
+def check_samples(config, samples: Samples, largest: float):
+  """Raise FloatingPointError for samples that cannot be used.
+
+  Args:
+    config: a ConfigDict.
+    samples: what a sampler returned.
+    largest: absolute value that samples must be below.
+  """
+  if not samples.success:
+    chosen = schema.chosen_keys(config)
+    keys = [
+      f'config.{path}'
+      for path in schema.marked(config, 'cost')
+      if path.endswith('tol') and path in chosen
+    ]
+    raise FloatingPointError(
+      f'The solver {config.sampling.method!r} did not reach t = eps; larger '
+      f'{" and ".join(keys)} may help.'
+    )
+  for shard in samples.x.addressable_shards:
+    if not np.all(np.abs(np.asarray(shard.data)) < largest):  # Nor is NaN.
+      raise FloatingPointError(
+        f'Samples diverged (values of {largest:g} or more, or not a number): '
+        'use more config.sampling.num_steps or, with a control, a lower '
+        'config.control.scale or a higher config.control.ramp or noise_std.'
+      )
+
+
+def draw_all(run: Run, count: int, **options):
+  """Return (samples [count, ...] as data sets hold them, NFE).
+
+  Args:
+    run, count: as for `draw`.
+    **options: guide, rows and shared of `draw`.
+  """
+  size = batch_size(run.model.config, count)
+  batches = [found for _, found in draw(run, count, size, **options)]
+  x = np.concatenate([run.model.to_data(found.x) for found in batches])
+  return x[:count], float(batches[-1].nfe)
