@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
+from jaxtyping import Array, ArrayLike, Float, Key, PyTree, Shaped
 
 import controllable_generation
 import likelihood
@@ -36,7 +37,12 @@ from data import pixels, toy
 from models import score
 from runtime import options
 from solvers.base import Sampler, Samples
-from solvers.ode import ODE
+from solvers.ode import ODE, OdeSolution
+
+# uint8 images [B, H, W, C], or float points [B, D].
+Data = Shaped[ArrayLike, ' B *dims']
+PerExample = Float[Array, ' B']
+Rng = Key[Array, '']
 
 # Times at which the accuracy of a classifier is measured, by metric.
 ACCURACIES = {f'accuracy_t{t}': t for t in (0.0, 0.25, 0.5, 0.75, 1.0)}
@@ -91,11 +97,11 @@ class Experiment:
   def _shapes(self):
     return jax.eval_shape(self._init, jax.random.key(0))
 
-  def abstract_params(self):
+  def abstract_params(self) -> PyTree:
     """Return the shapes and dtypes of the parameters, a pytree."""
     return self._shapes
 
-  def init_params(self, rng):
+  def init_params(self, rng: Rng) -> PyTree:
     """Return new parameters, drawn with a key."""
     # Compiled without optimisation, because it runs once.
     quick = {'xla_backend_optimization_level': 0}
@@ -143,7 +149,9 @@ class Experiment:
       centered=self.config.data.centered,
     )
 
-  def loss(self, params, rng, batch, *, train=True):
+  def loss(
+    self, params: PyTree, rng: Rng, batch: dict, *, train: bool = True
+  ) -> PerExample:
     """Return the loss of each example, [B].
 
     Flips, dequantisation, times, noise and dropout are all drawn with rng.
@@ -176,7 +184,9 @@ class Experiment:
       score_fn = lambda x, t: of_class(x, t, label)
     return self.loss_fn(rng_loss, score_fn, self.sde, x0)
 
-  def test_metrics(self, params, rng, batch):
+  def test_metrics(
+    self, params: PyTree, rng: Rng, batch: dict
+  ) -> dict[str, PerExample]:
     """Return {name: [B]}, whose means over a data set are its metrics.
 
     They are 'test_loss' and, for a classifier, its accuracy at the noise levels
@@ -200,7 +210,9 @@ class Experiment:
 
   # --------------------------------------------------------------- sampling
 
-  def to_data(self, x):
+  def to_data(
+    self, x: Float[ArrayLike, '*shape']
+  ) -> Shaped[np.ndarray, '*shape']:
     """Return samples as data sets hold them: uint8 images, or float32 points.
 
     Args:
@@ -263,7 +275,9 @@ class Experiment:
   def _compiled(self):
     return {}
 
-  def sample(self, params, rng, n):
+  def sample(
+    self, params: PyTree, rng: Rng, n: int
+  ) -> Shaped[np.ndarray, ' n *dims']:
     """Return n samples: uint8 images [n, H, W, C], or float32 points [n, D].
 
     Args:
@@ -277,7 +291,9 @@ class Experiment:
 
   # ------------------------------------------------- likelihood, latent codes
 
-  def bits_per_dim(self, params, rng, image):
+  def bits_per_dim(
+    self, params: PyTree, rng: Rng, image: Data
+  ) -> tuple[PerExample, PerExample, Array, Array]:
     """Return (bits/dim [B], their standard errors [B], NFE, success).
 
     uint8 images are dequantised uniformly: the bits/dim of the 8-bit data are
@@ -319,7 +335,7 @@ class Experiment:
       eps=chosen.eps, rtol=chosen.rtol, atol=chosen.atol, final_denoise=False
     )
 
-  def encode(self, params, image):
+  def encode(self, params: PyTree, image: Data) -> OdeSolution:
     """Return an OdeSolution whose y are latent codes at t = 1, [B, ...].
 
     The images are put at t = sampling.eps, where `decode` ends.
@@ -338,7 +354,7 @@ class Experiment:
       atol=self.flow.atol,
     )
 
-  def decode(self, params, z) -> Samples:
+  def decode(self, params: PyTree, z: Float[ArrayLike, ' B *dims']) -> Samples:
     """Return the samples, in [0, 1], of latent codes z: inverts `encode`.
 
     A network that is told classes is told none here, as in `encode`.

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Float, PyTree
 
 import experiment
 import losses
@@ -28,6 +29,7 @@ from data import batches as batching
 from data import datasets
 from reporting import pictures
 from runtime.devices import (
+  Layout,
   check_divisible,
   make_layout,
   replicated,
@@ -214,7 +216,14 @@ def eval_batches(dataset, batch_size, layout, start=0):
     yield number, batch, mask
 
 
-def test_loss(eval_loss, params, dataset, batch_size, layout, limit=None):
+def test_loss(
+  eval_loss: Callable,
+  params: PyTree,
+  dataset: batching.Dataset,
+  batch_size: int,
+  layout: Layout,
+  limit: int | None = None,
+) -> dict[str, float]:
   """Return {name: mean per example} over a data set.
 
   Args:
@@ -293,7 +302,7 @@ class Moment:
 
   step: int
   state: TrainState
-  losses: np.ndarray
+  losses: Float[np.ndarray, ' n']
   first: bool
   stopping: bool
   finished: bool

@@ -347,13 +347,15 @@ def check(config) -> None:
       )
 
 
-def unused(config, sections=('training', 'sampling')) -> list[str]:
+def unused(config) -> list[str]:
   """Return lines about values that nothing reads: one for each section.
 
   They differ from the default, but belong to a choice that was not made.
   """
   chosen, lines = chosen_keys(config), []
-  for section in sections:
+  if config.model.get('num_labels'):  # Such a network is guided by itself.
+    chosen.add('control.scale')
+  for section in ('training', 'sampling', 'control'):
     idle = [
       f'{path.rpartition(".")[2]}={value!r}'
       for path, value in leaves(config[section], f'{section}.')

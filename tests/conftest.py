@@ -24,8 +24,10 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 TYPED = (
   'controllable_generation',
   'evaluation',
+  'experiment',
   'likelihood',
   'losses',
+  'run_lib',
   'sampling',
   'sde_lib',
   'solvers',

@@ -268,6 +268,16 @@ def test_unused():
   assert "times='uniform'" in line and line.endswith('uses p_mean=0.5.')
   with pytest.warns(UserWarning, match='nothing uses p_mean=0.5'):
     experiment.build(config)
+  inpaint = {'control__name': 'inpaint', 'control__known': 0.5}
+  config = tiny.get_config(**inpaint, control__factor=8, control__ramp=2.0)
+  (line,) = schema.unused(config)
+  assert line.startswith("config.control: with name='inpaint', ")
+  assert line.endswith('nothing uses factor=8, ramp=2.0.')
+  # A network that is told classes is guided without a control.
+  config = tiny.get_config(control__scale=2.0)
+  assert len(schema.unused(config)) == 1
+  schema.override(config, 'model.num_labels', 10)
+  assert schema.unused(config) == []
 
 
 @pytest.mark.parametrize('path', FILES, ids=names(FILES))
