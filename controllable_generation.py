@@ -343,7 +343,7 @@ class Deblur(Operator):
   """
 
   width: float = option(
-    1.0, 'Standard deviation of the blur, in pixels.', '(0, inf)'
+    1.0, 'Standard deviation of the blur, in pixels.', '(0, 1000]'
   )
 
   def __call__(self, x: Float[Array, 'B H W C']) -> Float[Array, 'B H W C']:
@@ -684,7 +684,9 @@ class Control(Options):
     "the others for measurements; '' for nothing.",
     table={'': None, **CONTROLS},
   )
-  label: int = option(-1, 'Class; -1 for all classes in turn.', '[-1, inf)')
+  label: int | str = option(
+    -1, 'Class, a number or a name; -1 for all classes in turn.', '[-1, inf)'
+  )
   classifier_workdir: str = option(
     '', "Folder of a trained classifier, for the control 'classifier'."
   )
@@ -694,5 +696,5 @@ class Control(Options):
   images: str = option(
     '', "Folder or .npz of images to be measured; '' for the test set."
   )
-  num_images: int = option(8, 'Number of images that are measured.', '[1, inf)')
-  repeats: int = option(4, 'Reconstructions of each image.', '[1, inf)')
+  num_images: int = option(8, 'Number of images that are measured.', '[1, 1e7]')
+  repeats: int = option(4, 'Reconstructions of each image.', '[1, 1e6]')

@@ -26,9 +26,10 @@ class Dataset:
     read: function of indices [n] that returns images, uint8 [n, H, W, C], and
       labels, int32 [n]. Points are float32 [n, D].
     num_classes: number of classes; 0 without labels, which are then all 0.
-    fingerprint: 16 hexadecimal digits that identify the content at this
-      resolution. They are the same on every machine, and they change when the
-      images change.
+    fingerprint: 16 hexadecimal digits that identify the content: the pixels at
+      this resolution, and the labels. They do not depend on names of files.
+    classes: names of the classes; empty where they have only numbers.
+    notes: lines about what of the files is not used, or was changed.
   """
 
   name: str
@@ -36,6 +37,8 @@ class Dataset:
   read: Callable
   num_classes: int
   fingerprint: str
+  classes: tuple[str, ...] = ()
+  notes: tuple[str, ...] = ()
 
   def __len__(self):
     return self.size

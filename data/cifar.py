@@ -22,6 +22,10 @@ MD5 = {
   'cifar-10-python.tar.gz': 'c58f30108f718f92721af3b95e74349a',
 }
 BATCH = 10_000  # Images in each of the six files of CIFAR-10.
+CLASSES = (
+  'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse',
+  'ship', 'truck',
+)  # fmt: skip
 
 
 def download(url, target, md5):

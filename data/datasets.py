@@ -11,9 +11,11 @@ tensorflow-datasets, once:
   python -m data prepare celeba --data_dir DIR
 """
 
+import collections
 import dataclasses
 import functools
 import pathlib
+import re
 import types
 
 import numpy as np
@@ -24,6 +26,7 @@ from data.prepare import Prepared
 from runtime import options
 from runtime.files import digest
 from runtime.options import Options, option
+from runtime.progress import say
 
 # --- Arrays and points ---
 
@@ -41,15 +44,15 @@ def cifar10(config, split):
     )
   else:
     path = cifar.archive()
-  if path.suffix == '.npz':
+  if path.suffix in sources.ARRAY_SUFFIXES:
     images, labels, _ = sources.read_npz(path, split)
   else:
     images, labels = cifar.read(path, split)
-  return sources.in_memory(config, images, labels, num_classes=10)
+  return sources.in_memory(config, images, labels, 10, cifar.CLASSES)
 
 
 def npz(config, split):
-  """Return the images of an .npz file of the user; see `sources.read_npz`."""
+  """Return the images of an .npz or .npy file; see `sources.read_npz`."""
   path = sources.existing_path(config, 'an .npz of images')
   return sources.in_memory(config, *sources.read_npz(path, split))
 
@@ -65,7 +68,7 @@ def digits(config, split):
   members = sources.split_indices(len(data.images), split, num_test=297)
   images = np.floor(data.images / 16 * 255 + 0.5).astype(np.uint8)
   images, labels = images[members, ..., None], data.target[members]
-  return sources.in_memory(config, images, labels, num_classes=10)
+  return sources.in_memory(config, images, labels, 10, tuple('0123456789'))
 
 
 def _check_points(config):
@@ -99,28 +102,150 @@ def points(config, split):
 # --- Folders of images ---
 
 
-def _split_files(files, split, last_seventh):
-  """Return the files of a split, all files, and the depth of class folders."""
-  tops = {file.parts[0] for file in files if len(file.parts) > 1}
-  test = next((t for t in ('test', 'val', 'validation') if t in tops), None)
-  if 'train' in tops and test:
-    files = [file for file in files if file.parts[0] in ('train', test)]
-    chosen = test if split == 'test' else 'train'
-    return [file for file in files if file.parts[0] == chosen], files, 1
-  if last_seventh:
-    end = len(files) * 6 // 7
-    return files[end:] if split == 'test' else files[:end], files, 0
-  chosen = sources.split_indices(len(files), split)
-  return [files[i] for i in chosen], files, 0
+# What a folder or file of a split can be called, in lower case. Some have
+# another word behind it: train_images, val2017, TestSet.
+_SPLITS = {
+  'train': 'train|training|trainset|trn',
+  'test': 'test|testing|tst',
+  'val': 'val|valid|validate|validation|dev|devel|development|eval|evaluation'
+  '|holdout|heldout',
+}
+_BEHIND = r'(set|data|split|images?|imgs?|pictures?|photos?|files?)?'
+
+
+def _split_of(name):
+  """Return 'train', 'test' or 'val' for the name of a split, else None."""
+  letters = re.sub('[^a-z]', '', name.lower())
+  for split, words in _SPLITS.items():
+    if re.fullmatch(f'({words}){_BEHIND}', letters):
+      return split
+  return None
+
+
+def _hints_at(name):
+  """Return the splits whose words are in a name, as in trainA and test_cats."""
+  return {
+    'train' if split == 'train' else 'test'
+    for split, words in _SPLITS.items()
+    if re.search(rf'(?<![a-z])({words})[a-z]?(?![a-z])', name.lower())
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """How a folder is divided into splits.
+
+  Attributes:
+    depth: number of folders above those that can name classes.
+    train, test: paths of the images of the splits; None if the folder has no
+      splits.
+    notes: lines about images that are in no split.
+  """
+
+  depth: int
+  train: list[pathlib.Path] | None = None
+  test: list[pathlib.Path] | None = None
+  notes: list[str] = dataclasses.field(default_factory=list)
+
+
+# Stands for the images that are beside folders, not in one.
+_BESIDE = 'images beside folders'
+
+
+def _folders(files, depth):
+  """Return the names of the folders at a depth that images are in."""
+  return {
+    f.parts[depth] if len(f.parts) > depth + 1 else _BESIDE for f in files
+  }
+
+
+def _listed(names):
+  """Return names as text, at most twelve of them."""
+  names = sorted(names)
+  return ', '.join([*names[:12], *(['...'] if len(names) > 12 else [])])
+
+
+def _check_no_splits(root, files, depth, found):
+  """Raise ValueError if folders that are no splits look like some."""
+  for below in range(depth + 1, max(len(file.parts) for file in files)):
+    inner = {_split_of(name) for name in _folders(files, below)} - {None}
+    if 'train' in inner and len(inner) > 1:
+      raise ValueError(
+        f'{root} has splits inside of other folders ({found}): move train and '
+        'test to the top, with the folders of classes in them'
+      )
+  hints = {h for name in _folders(files, depth) for h in _hints_at(name)}
+  if len(hints) > 1:
+    raise ValueError(
+      f'{root} has the folders {found}, whose names look like splits: name '
+      'the splits train and test, and folders of classes otherwise'
+    )
+
+
+def find_layout(root, files):
+  """Return the Layout of a folder of images.
+
+  A folder that holds everything is skipped, so that train/ alone is no split.
+
+  Args:
+    root: the folder, for errors.
+    files: paths of the images in it.
+
+  Raises:
+    ValueError: folders look like splits, but it is not clear which they are.
+  """
+  depth, tops = 0, _folders(files, 0)
+  while len(tops) == 1 and _BESIDE not in tops:
+    (only,) = tops
+    if _split_of(only) in ('test', 'val'):
+      raise ValueError(
+        f'{root} has the split {only!r} alone: add a folder train, or set '
+        f'data.path to {root.joinpath(*files[0].parts[: depth + 1])}'
+      )
+    depth += 1
+    tops = _folders(files, depth)
+  named = collections.defaultdict(list)
+  for name in sorted(tops - {_BESIDE}):
+    named[_split_of(name)].append(name)
+  train, held_out = named['train'], named['test'] or named['val']
+  if not train and not held_out:
+    _check_no_splits(root, files, depth, _listed(tops))
+    return Layout(depth)
+  if len(train) != 1 or len(held_out) != 1:
+    raise ValueError(
+      f'{root} has {_listed(tops)}, which are not one split for training and '
+      'one for tests: name the splits train and test, and folders of classes '
+      'otherwise'
+    )
+  members = {name: [] for name in tops}
+  for file in files:
+    top = file.parts[depth] if len(file.parts) > depth + 1 else _BESIDE
+    members[top].append(file)
+  train, test = members.pop(train[0]), members.pop(held_out[0])
+  left = [f'{len(some)} of {name}' for name, some in sorted(members.items())]
+  notes = [f'Left out: images in no split, {", ".join(left)}.'] if left else []
+  return Layout(depth + 1, train, test, notes)
+
+
+def class_order(names):
+  """Return names of classes in order: by number if all are whole numbers.
+
+  Example:
+    >>> class_order({'10', '9', '1'}), class_order({'b', 'a10', 'a9'})
+    (['1', '9', '10'], ['a10', 'a9', 'b'])
+  """
+  if all(name.isdecimal() for name in names):
+    return sorted(names, key=lambda name: (int(name), name))
+  return sorted(names)
 
 
 def folder(config, split, *, labelled=True, last_seventh=False):
   """Return the images of a folder, at any depth.
 
-  Subfolders train and test (or val, validation) are the splits. Without them, a
-  fixed random tenth of the images is the test set. Within a split the first
-  level of subfolders names the classes if there are two or more of them and
-  every image lies in one.
+  Subfolders whose names say train and test (or validation), in any spelling,
+  are the splits. Without them, a fixed random tenth of the images is the test
+  set. Within a split the first level of subfolders names the classes if there
+  are two or more of them and every image lies in one.
 
   Args:
     config: section `data` of the config.
@@ -131,40 +256,61 @@ def folder(config, split, *, labelled=True, last_seventh=False):
 
   Raises:
     FileNotFoundError: there are fewer than two images.
-    ValueError: data.path is empty, or an image is damaged.
+    ValueError: data.path is empty, an image is damaged, or it is not clear
+      which folders are splits.
   """
   root = sources.existing_path(config, 'a folder of images')
-  files = sources.image_files(root)
+  if not root.is_dir():
+    raise ValueError(f'{config.dataset}: data.path {root} is no folder')
+  files, others = sources.files_below(root)
   if len(files) < 2:
     raise FileNotFoundError(
       f'{config.dataset}: {len(files)} images (png, jpg, webp, bmp) in or '
       f'below {root}; 2 or more are needed'
     )
-  members, files, depth = _split_files(files, split, last_seventh)
-  paths = [root / file for file in members]
-  sources.verify_files(paths)
+  layout = find_layout(root, files)
+  notes = (*layout.notes, *sources.left_out(others))
+  if layout.train:
+    members = layout.test if split == 'test' else layout.train
+    files = layout.train + layout.test
+  elif last_seventh:
+    end = len(files) * 6 // 7
+    members = files[end:] if split == 'test' else files[:end]
+  else:
+    members = [files[i] for i in sources.split_indices(len(files), split)]
 
-  names = {file.parts[depth] for file in files}
-  if not labelled or any(len(file.parts) < depth + 2 for file in files):
+  depth = layout.depth
+  names = _folders(files, depth) if labelled else set()
+  if _BESIDE in names:
+    if len(names) > 2:
+      notes += (f'No classes: there are {_BESIDE}: {_listed(names)}.',)
     names = set()
-  number = {name: i for i, name in enumerate(sorted(names))}
-  labels = [number.get(file.parts[depth], 0) for file in members]
+  names = class_order(names) if len(names) > 1 else []
+  if names and layout.train:
+    both = _folders(layout.train, depth) & _folders(layout.test, depth)
+    if single := [name for name in names if name not in both]:
+      notes += (f'Classes in one split alone: {_listed(single)}.',)
+  number = {name: i for i, name in enumerate(names)}
+  found = sources.decoded_files(
+    config,
+    [root / file for file in members],
+    [number.get(file.parts[depth], 0) for file in members],
+    num_classes=len(names),
+    classes=names,
+  )
+  return dataclasses.replace(found, notes=(*notes, *found.notes))
 
-  def decode(i, **fit):
-    return sources.decode_file(paths[i], **fit), labels[i]
 
-  sizes = [(file.as_posix(), (root / file).stat().st_size) for file in members]
-  num_classes = len(names) if len(names) > 1 else 0
-  return sources.decoded(config, decode, len(paths), num_classes, sizes)
-
-
-def user_images(config, path):
-  """Return all images of a folder or an .npz file, to be scored.
+def user_images(config, path, *, key='--samples', exact=True):
+  """Return all images of a folder or an .npz or .npy file of the user.
 
   Args:
     config: section `data` of the config.
-    path: path of the folder or file. The images must have the size of the
-      config, since scores depend on how images are resized.
+    path: path of the folder or file.
+    key: what gave the path, for errors.
+    exact: whether the images must have the size of the config, because scores
+      depend on how images are resized. Otherwise they are cropped and resized
+      as those of data sets are.
 
   Raises:
     FileNotFoundError: there are no images at the path.
@@ -173,36 +319,37 @@ def user_images(config, path):
   path = pathlib.Path(path).expanduser()
   size = config.image_size
   config = types.SimpleNamespace(
-    dataset='--samples',
+    dataset=key,
     path=str(path),
     image_size=size,
     num_channels=config.num_channels,
+    background=config.background,
   )
 
   def check_size(shape, where):
-    if tuple(shape) != (size, size):
+    if exact and tuple(shape) != (size, size):
       raise ValueError(
         f'{where} is {shape[0]}x{shape[1]}, but data.image_size is {size}: '
         'only images of one size can be compared, so resize them first'
       )
 
-  if path.suffix == '.npz' and path.is_file():
+  if path.is_file():
     images, labels, _ = sources.read_npz(path, 'all')
     check_size(images.shape[1:3], path)
     return sources.in_memory(config, images, labels, num_classes=0)
-  files = sources.image_files(path) if path.is_dir() else []
+  files, others = sources.files_below(path) if path.is_dir() else ([], [])
   if not files:
     raise FileNotFoundError(
-      f'--samples {path} is neither an .npz nor a folder with images in it.'
+      f'{key} {path} is neither an .npz nor a folder with images in it.'
     )
   paths = [path / file for file in files]
-  sources.verify_files(paths)
-  for file in paths:
-    check_size(sources.file_size(file), file)
-  decode = lambda i, **fit: (sources.decode_file(paths[i], **fit), 0)
-  stats = [(str(f), p.stat()) for f, p in zip(files, paths, strict=True)]
-  identity = [(f, s.st_size, s.st_mtime_ns) for f, s in stats]
-  return sources.decoded(config, decode, len(paths), 0, identity)
+  if exact:
+    for file in paths:
+      check_size(sources.file_size(file), file)
+  found = sources.decoded_files(config, paths)
+  for note in (*sources.left_out(others), *found.notes):
+    say(f'{key}: {note}')
+  return found
 
 
 # --- The table ---
@@ -250,6 +397,14 @@ class Data(Options):
     'Channels of the images: 1 (grey), 3 (RGB) or 4 (RGBA).',
     choices=tuple(pixels.MODES),
   )
+  background: str = option(
+    'white',
+    'What shows through transparent pixels of files that are read with 1 or 3 '
+    'channels.',
+    choices=tuple(pixels.BACKGROUNDS),
+    # The fingerprint of the data depends on it, where it matters.
+    marks=(),
+  )
   dims: int = option(
     0, 'Coordinates of a point, where the data are no images.', '[0, inf)'
   )
@@ -294,3 +449,27 @@ def load(config, split):
       f'data.num_channels {config.num_channels} is not 1, 3 or 4'
     )
   return DATASETS[config.dataset](config, split)
+
+
+def describe(train, test):
+  """Return lines about a data set, for people.
+
+  Args:
+    train, test: the Datasets of its splits.
+  """
+  unit = 'images' if train.fetch([0]).dtype == np.uint8 else 'points'
+  first = f'Data: {len(train)} {unit} of {train.name} and {len(test)} for tests'
+  if train.num_classes:
+    names = train.classes or ('',) * train.num_classes
+    # A name that is just the number is not said twice.
+    listed = [
+      str(i) if name in ('', str(i)) else f'{i} {name}'
+      for i, name in enumerate(names)
+    ]
+    if len(listed) > 20:
+      listed = [*listed[:10], '...', *listed[-3:]]
+    first += f'; {train.num_classes} classes: {", ".join(listed)}'
+  notes = [note for note in train.notes if note in test.notes]
+  for which, of in (('training', train), ('tests', test)):
+    notes += [f'Of {which}: {n}' for n in of.notes if n not in notes]
+  return [f'{first}.', *notes]

@@ -15,12 +15,24 @@ import numpy as np
 from data.batches import permutation
 
 MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}  # Modes of PIL by number of channels.
+# Grey values by name of what is behind transparent pixels.
+BACKGROUNDS = {'white': 255, 'grey': 128, 'black': 0}
 
 
 # --- Shapes and types of images ---
 
 
-def fit_image(image, *, size, channels, crop=None):
+def _composited(image, background):
+  """Return a PIL image with its transparent pixels over a background."""
+  from PIL import Image
+
+  image = image.convert('RGBA')
+  grey = BACKGROUNDS[background]
+  behind = Image.new('RGBA', image.size, (grey, grey, grey, 255))
+  return Image.alpha_composite(behind, image)
+
+
+def fit_image(image, *, size, channels, crop=None, background='white'):
   """Return a PIL image as a square array, cropped and resized.
 
   As in the paper's pipeline, the central square is cut out and resized with an
@@ -32,6 +44,9 @@ def fit_image(image, *, size, channels, crop=None):
     size: height and width of the result, in pixels.
     channels: 1, 3 or 4.
     crop: side of the central square in pixels; None for the shorter side.
+    background: what shows through transparent pixels where the result has 1 or
+      3 channels, a key of `BACKGROUNDS`. (The colour that such pixels have in
+      the file is arbitrary.)
 
   Returns:
     uint8 [size, size, channels].
@@ -43,6 +58,8 @@ def fit_image(image, *, size, channels, crop=None):
 
   if image.mode.startswith(('I', 'F')):
     raise ValueError(f'{image.mode} pixels are not 8 bits deep: convert it')
+  if channels != 4 and image.has_transparency_data:
+    image = _composited(image, background)
   image = image.convert(MODES[channels])
   width, height = image.size
   side = min(crop or width, width, height)
@@ -98,13 +115,19 @@ def uint8_images(array, where):
   """
   if array.ndim == 3:
     array = array[..., None]
-  if array.ndim != 4 or array.shape[-1] not in MODES:
+  if array.ndim != 4 or array.shape[-1] not in MODES or 0 in array.shape[1:3]:
     raise ValueError(
       f'{where} has shape {array.shape}, not [N, H, W, C] with 1, 3 or 4 '
       'channels'
     )
+  if not len(array):
+    raise ValueError(f'{where} holds no images')
   if array.dtype == np.uint8:
     return array
+  if array.dtype.kind not in 'iuf':
+    raise ValueError(
+      f'{where} is {array.dtype}: use uint8, or floats in [0, 1]'
+    )
   low, high = array.min(initial=0), array.max(initial=0)
   if array.dtype.kind in 'iu' and low >= 0 and high <= 255:
     return array.astype(np.uint8)

@@ -126,10 +126,17 @@ class Prepared:
       return image, record.get('label', 0)
 
     features = builder.info.features
-    classes = features['label'].num_classes if 'label' in features else 0
-    shards = builder.info.splits[split.partition('[')[0]].shard_lengths
-    identity = (builder.info.full_name, split, shards, self.crop)
-    return sources.decoded(config, decode, len(records), classes, identity)
+    label = {**features}.get('label')
+    folder = pathlib.Path(builder.data_dir)
+    return sources.decoded(
+      config,
+      decode,
+      len(records),
+      files=sorted(path for path in folder.rglob('*') if path.is_file()),
+      choice=(builder.info.full_name, split, self.crop),
+      num_classes=label.num_classes if label else 0,
+      classes=label.names if label else (),
+    )
 
   def _find(self, config):
     """Return the builder of the newest version, and the command to prepare."""

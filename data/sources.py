@@ -5,21 +5,33 @@ are uint8 [N, H, W, C]. Small sets of images stay in memory; images of others
 are decoded in threads when they are read. PIL is imported at its first use.
 """
 
+import collections
 import concurrent.futures
+import contextlib
 import functools
+import json
 import math
 import os
 import pathlib
-import zipfile
 
 import numpy as np
 
 from data.batches import Dataset, permutation
 from data.pixels import fit_array, fit_image, uint8_images
-from runtime.files import cache_dir, digest
+from runtime.files import (
+  Bounded,
+  cache_dir,
+  digest,
+  digest_all,
+  load_arrays,
+  write_json,
+)
 from runtime.progress import Progress
 
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
+# Those of the suffixes, and no others: PIL runs a program to read PostScript.
+_FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP')
+ARRAY_SUFFIXES = ('.npz', '.npy')
 # Decoded images stay in memory up to this number of bytes.
 MEMORY_LIMIT = 2**31
 
@@ -60,7 +72,10 @@ def split_indices(size, split, num_test=None):
   if split == 'all':
     return np.arange(size)
   if size < 2:
-    raise ValueError('one image cannot be split into train and test: add more')
+    raise ValueError(
+      'data.path has one image, which cannot be split into train and test: '
+      'add more'
+    )
   num_test = num_test or max(1, size // 10)
   order = permutation(size, 0, 0)
   return np.sort(order[:num_test] if split == 'test' else order[num_test:])
@@ -114,7 +129,7 @@ class DecodedImages:
     return self.images[indices], self.labels[indices]
 
 
-def in_memory(config, images, labels, num_classes):
+def in_memory(config, images, labels, num_classes, classes=()):
   """Return a Dataset of arrays.
 
   Args:
@@ -122,6 +137,7 @@ def in_memory(config, images, labels, num_classes):
     images: uint8 [N, H, W, C]; they are resized to config.image_size.
     labels: integers [N].
     num_classes: number of classes, or 0.
+    classes: their names, if they have any.
   """
   images = fit_array(
     images,
@@ -136,58 +152,169 @@ def in_memory(config, images, labels, num_classes):
     read=lambda indices: (images[indices], labels[indices]),
     num_classes=num_classes,
     fingerprint=digest(images, labels),
+    classes=classes,
   )
 
 
-def decoded(config, decode, size, num_classes, identity):
+def fit_of(config):
+  """Return what `pixels.fit_image` is told by a section `data`."""
+  return {
+    'size': config.image_size,
+    'channels': config.num_channels,
+    'background': config.background,
+  }
+
+
+def decoded(
+  config, decode, size, *, files, choice, num_classes=0, classes=(), survey=None
+):
   """Return a Dataset whose images are decoded when they are read.
+
+  All images are decoded once to find its fingerprint, which is that of the same
+  images in memory. So a damaged file stops a run early. The cache folder keeps
+  the fingerprint for as long as no file changes.
 
   Args:
     config: section `data` of the config.
     decode: function (index, **fit) -> (image, label), where `fit` holds the
-      size and channels of `pixels.fit_image`.
+      arguments of `pixels.fit_image`.
     size: number of images.
+    files: paths of all files that the images are in.
+    choice: what else the images and labels follow from; its `repr` counts.
     num_classes: number of classes, or 0.
-    identity: what identifies the files; its `repr` goes into the fingerprint.
+    classes: their names, if they have any.
+    survey: function that returns notes about the files; called when they are
+      decoded.
+
+  Raises:
+    ValueError: an image is damaged or has more than 8 bits.
   """
-  fit = {'size': config.image_size, 'channels': config.num_channels}
+  fit = fit_of(config)
   shape = (config.image_size, config.image_size, config.num_channels)
-  decode = functools.partial(decode, **fit)
+  read = DecodedImages(functools.partial(decode, **fit), size, shape)
+  path = cache_dir() / 'verified' / f'{_key(files, fit, choice)}.json'
+  known = _verified(path)
+  if known is None:
+    known = {
+      'fingerprint': _fingerprint(read, size, shape),
+      'notes': survey() if survey else [],
+    }
+    write_json(path, known)
   return Dataset(
     name=config.dataset,
     size=size,
-    read=DecodedImages(decode, size, shape),
+    read=read,
     num_classes=num_classes,
-    fingerprint=digest(fit, identity),
+    fingerprint=known['fingerprint'],
+    classes=tuple(classes),
+    notes=tuple(known['notes']),
+  )
+
+
+def _key(files, *more):
+  """Return a digest that changes when one of the files is written or replaced.
+
+  The resolved path and inode tell files apart whose names, sizes and times are
+  equal; the time of the last change of status cannot be set by copying.
+  """
+  import PIL
+
+  def facts(path):
+    s = os.stat(path)
+    return s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
+
+  stats = [(os.path.realpath(path), *facts(path)) for path in files]
+  # Another version of PIL can decode or resize to other pixels.
+  return digest(stats, PIL.__version__, *more)
+
+
+def _verified(path):
+  """Return what the cache folder knows of files, or None."""
+  try:
+    known = json.loads(path.read_text())
+    return {
+      'fingerprint': known['fingerprint'] + '',
+      'notes': [note + '' for note in known['notes']],
+    }
+  except (FileNotFoundError, ValueError, KeyError, TypeError):
+    return None
+
+
+def _fingerprint(read, size, shape):
+  """Return the digest of all images and labels, as `in_memory` does.
+
+  Args:
+    read: function of indices that returns images and labels.
+    size: number of images.
+    shape: (H, W, C).
+  """
+  labels = []
+
+  def parts():
+    yield f'uint8{(size, *shape)}'.encode()
+    progress = Progress('checking images', size, 'images')
+    # A part has at most 256 MiB, or 16 images.
+    step = min(1024, max(16, 2**28 // math.prod(shape)))
+    for start in range(0, size, step):
+      images, some = read(np.arange(start, min(start + step, size)))
+      labels.append(some)
+      yield images.tobytes()
+      progress(start + len(images))
+    yield np.concatenate(labels)
+
+  return digest_all(parts())
+
+
+def decoded_files(config, paths, labels=None, **classes):
+  """Return a Dataset of files of images.
+
+  Args:
+    config: section `data` of the config.
+    paths: paths of the files.
+    labels: integers, one for each file; None for 0.
+    **classes: num_classes and classes of `decoded`.
+  """
+  labels = [0] * len(paths) if labels is None else labels
+
+  def decode(i, **fit):
+    return decode_file(paths[i], **fit), labels[i]
+
+  def survey():
+    if config.num_channels == 4:
+      return []
+    count = sum(decoding_threads().map(has_alpha, paths))
+    if not count:
+      return []
+    return [
+      f'{count} files have transparent pixels or an alpha channel: they are '
+      f'put on data.background={config.background!r}.'
+    ]
+
+  return decoded(
+    config,
+    decode,
+    len(paths),
+    files=paths,
+    choice=labels,
+    survey=survey,
+    **classes,
   )
 
 
 # --- Files of images ---
 
 
-def file_size(path):
-  """Return (height, width) of an image file without decoding it."""
+@contextlib.contextmanager
+def _opened(path):
+  """Yield a PIL image of a file, not yet decoded; name the file in errors."""
   from PIL import Image
 
-  with Image.open(path) as image:
-    return image.height, image.width
-
-
-def decode_file(path, **fit):
-  """Return an image file as uint8 [size, size, channels].
-
-  Args:
-    path: path of the file.
-    **fit: size, channels and crop; see `pixels.fit_image`.
-
-  Raises:
-    ValueError: the file is damaged or is not an image with 8 bits.
-  """
-  from PIL import Image, ImageOps
-
   try:
-    with Image.open(path) as image:
-      return fit_image(ImageOps.exif_transpose(image), **fit)
+    with (
+      open(path, 'rb') as file,
+      Image.open(Bounded(file), formats=_FORMATS) as image,
+    ):
+      yield image
   # PIL can raise almost any exception for a damaged file.
   except Exception as error:
     raise ValueError(
@@ -195,15 +322,73 @@ def decode_file(path, **fit):
     ) from error
 
 
+def file_size(path):
+  """Return (height, width) of an image file without decoding it."""
+  with _opened(path) as image:
+    return image.height, image.width
+
+
+def has_alpha(path):
+  """Return whether an image file can have transparent pixels."""
+  with _opened(path) as image:
+    return image.has_transparency_data
+
+
+def decode_file(path, **fit):
+  """Return an image file as uint8 [size, size, channels].
+
+  Args:
+    path: path of the file.
+    **fit: size, channels, crop and background; see `pixels.fit_image`.
+
+  Raises:
+    ValueError: the file is damaged or is not an image with 8 bits.
+  """
+  from PIL import ImageOps
+
+  with _opened(path) as image:
+    # PIL would drop the lower 8 bits of a colour.
+    if image.format == 'PNG' and any(';16' in str(t[3]) for t in image.tile):
+      raise ValueError('16-bit pixels are not 8 bits deep: convert it')
+    return fit_image(ImageOps.exif_transpose(image), **fit)
+
+
 # --- Arrays and folders ---
 
 
+def _arrays(path):
+  """Return all arrays of an .npz by name; that of an .npy is `images`.
+
+  Raises:
+    ValueError: the file is damaged, or holds other objects.
+  """
+  found = load_arrays(path)
+  return {'images': found} if isinstance(found, np.ndarray) else found
+
+
+def _whole_labels(array, where, size=None):
+  """Return an array of labels as [N]; Keras' are [N, 1].
+
+  Raises:
+    ValueError: they are no whole numbers from 0, or not `size` of them.
+  """
+  labels = array[:, 0] if array.shape[1:] == (1,) else array
+  whole = labels.dtype.kind in 'iu' and labels.min(initial=0) >= 0
+  if labels.ndim != 1 or size not in (None, len(labels)) or not whole:
+    raise ValueError(
+      f'{where} is {array.dtype} {array.shape}, not {size or "N"} whole '
+      'numbers from 0'
+    )
+  return labels
+
+
 def read_npz(path, split):
-  """Return the images, labels and number of classes of an .npz file.
+  """Return the images, labels and number of classes of an .npz or .npy file.
 
   The arrays are x_train and x_test, optionally with y_train and y_test; or
   images, optionally with labels; or arr_0, optionally with arr_1, as in files
-  of samples. Where the file has no splits, a fixed tenth is the test set.
+  of samples. An .npy holds images alone. Where the file has no splits, a fixed
+  tenth is the test set.
 
   Args:
     path: path of the file.
@@ -216,34 +401,23 @@ def read_npz(path, split):
   Raises:
     ValueError: the file has other arrays, or arrays with other values.
   """
-  try:
-    with np.load(path, allow_pickle=False) as data:
-      arrays = {key: data[key] for key in data.files}
-  except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
-    raise ValueError(
-      f'{path} is not an .npz of plain arrays: {error}'
-    ) from error
+  arrays = _arrays(path)
   if f'x_{split}' in arrays:
     x, y = f'x_{split}', f'y_{split}'
-    ys = [arrays[k] for k in ('y_train', 'y_test') if k in arrays]
+    ys = [k for k in ('y_train', 'y_test') if k in arrays]
   else:
     x, y = ('images', 'labels') if 'images' in arrays else ('arr_0', 'arr_1')
-    ys = [arrays[y]] if y in arrays else []
+    ys = [y] if y in arrays else []
   if x not in arrays:
     raise ValueError(
       f'{path} holds {sorted(arrays)}: name the images x_train and x_test, or '
       'images, or arr_0'
     )
   images = uint8_images(arrays[x], f'{path}:{x}')
-  if not len(images):
-    raise ValueError(f'{path}:{x} holds no images')
-  labels = arrays.get(y, np.zeros(len(images), np.int32))
-  whole = labels.dtype.kind in 'iu' and labels.min(initial=0) >= 0
-  if labels.shape != images.shape[:1] or not whole:
-    raise ValueError(
-      f'{path}:{y} is {labels.dtype} {labels.shape}, not {len(images)} whole '
-      'numbers from 0'
-    )
+  labels = np.zeros(len(images), np.int32)
+  if y in arrays:
+    labels = _whole_labels(arrays[y], f'{path}:{y}', len(images))
+  ys = [_whole_labels(arrays[k], f'{path}:{k}') for k in ys]
   if not x.startswith('x_'):
     members = split_indices(len(images), split)
     images, labels = images[members], labels[members]
@@ -251,14 +425,21 @@ def read_npz(path, split):
   return images, labels, num_classes
 
 
-def image_files(root):
-  """Return the sorted paths, relative to a folder, of all images below it.
+def files_below(root):
+  """Return (images, others): sorted paths, relative to a folder, of all files.
 
   Hidden files and folders, and folders that begin with two underscores, are
   left out. Symbolic links are followed.
+
+  Raises:
+    OSError: a folder cannot be read.
   """
+
+  def refuse(error):
+    raise error
+
   files, visited = [], set()
-  for folder, folders, names in os.walk(root, followlinks=True):
+  for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
     real = os.path.realpath(folder)
     if real in visited:  # A link to a folder above would lead to a loop.
       folders.clear()
@@ -268,31 +449,25 @@ def image_files(root):
     files += [
       pathlib.Path(folder, name).relative_to(root)
       for name in names
-      if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith('.')
+      if not name.startswith('.')
     ]
-  return sorted(files)
+  is_image = lambda file: file.name.lower().endswith(IMAGE_SUFFIXES)
+  images = sorted(file for file in files if is_image(file))
+  return images, sorted(file for file in files if not is_image(file))
 
 
-def verify_files(paths):
-  """Decode every image file once, so that a damaged one stops a run early.
+def image_files(root):
+  """Return the sorted paths, relative to a folder, of all images below it."""
+  return files_below(root)[0]
 
-  Success is recorded in the cache folder; it holds until a file changes.
 
-  Args:
-    paths: paths of the files.
-
-  Raises:
-    ValueError: a file is damaged or is not an image with 8 bits.
-  """
-  stats = [(str(path), path.stat()) for path in paths]
-  known = digest([(path, s.st_size, s.st_mtime_ns) for path, s in stats])
-  marker = cache_dir() / 'verified' / known
-  if marker.exists():
-    return
-  check = functools.partial(decode_file, size=1, channels=3)
-  progress = Progress('checking images', len(paths), 'images')
-  results = decoding_threads().map(check, paths)
-  for done, _ in enumerate(results, start=1):
-    progress(done)
-  marker.parent.mkdir(parents=True, exist_ok=True)
-  marker.touch()
+def left_out(others):
+  """Return notes about files that are not read because of their suffix."""
+  counts = collections.Counter(
+    file.suffix.lower() or 'without a suffix' for file in others
+  )
+  if not counts:
+    return []
+  found = ', '.join(f'{n} {suffix}' for suffix, n in counts.most_common(8))
+  more = ', ...' if len(counts) > 8 else ''
+  return [f'Left out: {found}{more} ({", ".join(IMAGE_SUFFIXES)} are read).']

@@ -7,13 +7,14 @@ import numpy as np
 from data import sources
 
 
-def config(dataset, path='', image_size=8, num_channels=3):
+def config(dataset, path='', image_size=8, num_channels=3, background='white'):
   """Return a section `data` with what reading images needs."""
   return types.SimpleNamespace(
     dataset=dataset,
     path=str(path),
     image_size=image_size,
     num_channels=num_channels,
+    background=background,
   )
 
 

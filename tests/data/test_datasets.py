@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import datasets
+from data import datasets, pixels
 from tests.data.shared import config
 
 
@@ -85,6 +85,23 @@ def test_user_images(tmp_path):
       datasets.user_images(larger, path)
 
 
+def test_user_images_of_another_size(tmp_path):
+  """They are cropped and resized where scores do not depend on it."""
+  image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+  np.save(tmp_path / 'a.npy', image[None])
+  (tmp_path / 'photos').mkdir()
+  Image.fromarray(image).save(tmp_path / 'photos' / 'a.png')
+  section = datasets.Data(dataset='digits', image_size=8)
+  wanted = pixels.fit_image(Image.fromarray(image), size=8, channels=3)
+  for path in (tmp_path / 'a.npy', tmp_path / 'photos'):
+    found = datasets.user_images(section, path, key='images', exact=False)
+    np.testing.assert_array_equal(found.fetch([0])[0], wanted)
+    with pytest.raises(ValueError, match='is 20x30, but data.image_size is 8'):
+      datasets.user_images(section, path)
+  with pytest.raises(FileNotFoundError, match='^images .*none is neither an '):
+    datasets.user_images(section, tmp_path / 'none', key='images')
+
+
 # --- The section ---
 
 
@@ -95,6 +112,7 @@ def test_defaults_of_the_section():
     'path': '',
     'image_size': 32,
     'num_channels': 3,
+    'background': 'white',
     'dims': 0,
     'random_flip': True,
     'uniform_dequantization': False,
@@ -113,6 +131,10 @@ def test_defaults_of_the_section():
     ({'image_size': 0}, r'image_size=0 is not in \[1, inf\)'),
     ({'image_size': 32.0}, 'image_size=32.0 is not of type int'),
     ({'num_channels': 2}, 'num_channels=2 is unknown: use one of 1, 3, 4'),
+    (
+      {'background': 'whit'},
+      "background='whit' is unknown: did you mean 'white'",
+    ),
     ({'dims': -1}, r'dims=-1 is not in \[0, inf\)'),
     ({'centered': 1}, 'centered=1 is not of type bool'),
     ({'dataset': 'toy/rings'}, 'needs data.dims=2 and data.centered=False'),

@@ -125,7 +125,8 @@ def test_no_tensorflow_and_nothing_slow_is_imported(tmp_path):
     slow = {'PIL', 'sklearn', 'tensorflow_datasets'} & set(sys.modules)
     assert not slow, slow
     c = types.SimpleNamespace(
-        dataset='svhn', path=sys.argv[1], image_size=32, num_channels=3)
+        dataset='svhn', path=sys.argv[1], image_size=32, num_channels=3,
+        background='white')
     assert datasets.load(c, 'train').fetch([0, 1]).shape == (2, 32, 32, 3)
     assert 'tensorflow_datasets' in sys.modules
     assert 'tensorflow' not in sys.modules

@@ -1,6 +1,7 @@
 """Tests of reading images: every way to read them, and every way to fail."""
 
 import functools
+import zlib
 
 import numpy as np
 import pytest
@@ -118,6 +119,35 @@ def test_sixteen_bit_images_are_refused(tmp_path):
     datasets.load(config('folder', tmp_path), 'train')
 
 
+def test_sixteen_bit_colours_are_refused(tmp_path):
+  """PIL would read them as 8 bits without a word."""
+
+  def chunk(kind, content):
+    checked = kind + content
+    size, check = len(content), zlib.crc32(checked)
+    return size.to_bytes(4) + checked + check.to_bytes(4)
+
+  header = (8).to_bytes(4) * 2 + bytes([16, 2, 0, 0, 0])
+  rows = zlib.compress((b'\0' + b'\x12\x34' * 24) * 8)
+  png = b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header)
+  png += chunk(b'IDAT', rows) + chunk(b'IEND', b'')
+  for i in range(2):
+    (tmp_path / f'{i}.png').write_bytes(png)
+  with pytest.raises(ValueError, match='png cannot be read .* not 8 bits deep'):
+    datasets.load(config('folder', tmp_path), 'train')
+
+
+def test_only_formats_of_the_suffixes_are_read(tmp_path):
+  """PostScript would run a program; a GIF would lose its other frames."""
+  for kind in ('GIF', 'TIFF', 'EPS'):
+    folder = tmp_path / kind
+    folder.mkdir()
+    for i in range(2):
+      Image.new('RGB', (8, 8)).save(folder / f'{i}.png', format=kind)
+    with pytest.raises(ValueError, match='png cannot be read as an image'):
+      datasets.load(config('folder', folder), 'train')
+
+
 def test_a_folder_without_images_is_an_error(tmp_path):
   with pytest.raises(FileNotFoundError, match='folder: 0 images .png, jpg'):
     datasets.load(config('folder', tmp_path), 'train')
@@ -183,6 +213,25 @@ def test_npz_of_floats_and_of_grey_images(tmp_path):
     ({'images': np.zeros((1, 8, 8, 3))}, 'cannot be split'),
     ({'pictures': np.zeros(3)}, r"holds \['pictures'\]: name the images"),
     ({'x_train': np.zeros((0, 8, 8, 3))}, 'holds no images'),
+    ({'images': np.zeros((0, 8, 8))}, 'images holds no images'),
+    ({'images': np.zeros((4, 0, 8, 3))}, r'shape \(4, 0, 8, 3\), not'),
+    ({'images': np.float64(1.0)}, r'shape \(\), not'),
+    ({'images': np.full((4, 8, 8, 3), np.inf)}, r'in \[0, inf\]: use uint8'),
+    ({'images': np.ones((4, 8, 8, 3), bool)}, 'is bool: use uint8'),
+    ({'images': np.full((4, 8, 8, 3), 'a')}, 'is <U1: use uint8'),
+    ({'images': np.ones((4, 8, 8, 3), complex)}, 'is complex128: use uint8'),
+    (
+      {'images': np.zeros((4, 8, 8, 3)), 'labels': np.full(4, np.nan)},
+      r'labels is float64 \(4,\), not 4 whole numbers',
+    ),
+    (
+      {
+        'x_train': np.zeros((4, 8, 8, 3)),
+        'y_train': np.zeros((4, 1), int),
+        'y_test': np.full(4, np.nan),
+      },
+      r'y_test is float64 \(4,\), not N whole numbers',
+    ),
     ({'images': np.array([None])}, 'not an .npz of plain arrays'),
     (
       {'images': np.zeros((4, 8, 8, 3)), 'labels': np.zeros((4, 10), int)},
@@ -200,7 +249,35 @@ def test_a_bad_npz_is_one_clear_line(arrays, message, tmp_path):
     datasets.load(config('npz', tmp_path / 'a.npz'), 'train')
 
 
-def test_no_npz_at_all(tmp_path):
-  (tmp_path / 'a.npz').write_bytes(b'PK not really')
-  with pytest.raises(ValueError, match='a.npz is not an .npz of plain arrays'):
-    datasets.load(config('npz', tmp_path / 'a.npz'), 'train')
+@pytest.mark.parametrize('content', [b'PK not really', b'', b'\x93NUMPY\x01'])
+@pytest.mark.parametrize('suffix', ['npz', 'npy'])
+def test_no_npz_at_all(suffix, content, tmp_path):
+  path = tmp_path / f'a.{suffix}'
+  path.write_bytes(content)
+  with pytest.raises(ValueError, match=f'{path} is not an .npz of plain array'):
+    datasets.load(config('npz', path), 'train')
+
+
+def test_npy_of_images(tmp_path):
+  images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), np.uint8)
+  np.save(tmp_path / 'a.npy', images)
+  for name in ('npz', 'cifar10'):
+    c = config(name, tmp_path / 'a.npy')
+    train, test = datasets.load(c, 'train'), datasets.load(c, 'test')
+    assert (len(train), len(test)) == (18, 2)
+  found = datasets.user_images(datasets.Data(image_size=8), tmp_path / 'a.npy')
+  np.testing.assert_array_equal(found.fetch(range(20)), images)
+  np.save(tmp_path / 'b.npy', np.array([None]))
+  with pytest.raises(ValueError, match='b.npy is not an .npz of plain arrays'):
+    datasets.load(config('npz', tmp_path / 'b.npy'), 'train')
+
+
+def test_labels_of_keras(tmp_path):
+  images = np.zeros((12, 8, 8, 3), np.uint8)
+  labels = np.arange(12)[:, None] % 5
+  np.savez(tmp_path / 'a.npz', x_train=images, y_train=labels,
+           x_test=images[:5], y_test=labels[:5].astype(np.uint8))  # fmt: skip
+  for split, count in (('train', 12), ('test', 5)):
+    found = datasets.load(config('npz', tmp_path / 'a.npz'), split)
+    assert found.num_classes == 5
+    assert list(values(found)[1]) == [i % 5 for i in range(count)]
