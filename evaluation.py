@@ -20,7 +20,7 @@ that number.
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from jax.typing import ArrayLike
@@ -31,11 +31,7 @@ from features.statistics import Moments, ReferenceStats
 
 # With fewer samples, FID depends more on their number than on their quality.
 ENOUGH_SAMPLES = 10_000
-NO_LOGITS = (
-  'Inception Score needs logits, but the weights of the network end at pool_3; '
-  'pt_inception-2015-12-05-6726825d.pth of pytorch-fid has them '
-  '(config.eval.inception_path).'
-)
+NO_LOGITS = 'Inception Score needs logits beside the features (pool_3)'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +54,13 @@ class Metric:
   note: str = ''
 
 
+def standard_error(values: np.ndarray) -> float | None:
+  """Return the standard error of the mean; None for a single value."""
+  if len(values) < 2:
+    return None
+  return float(np.std(values, ddof=1) / np.sqrt(len(values)))
+
+
 def _over(values: np.ndarray, count: int) -> Metric:
   """Return the mean over subsets, splits or samples, with standard error."""
   if len(values) == 1:
@@ -66,7 +69,7 @@ def _over(values: np.ndarray, count: int) -> Metric:
     value=float(np.mean(values)),
     count=count,
     std=float(np.std(values)),
-    std_error=float(np.std(values, ddof=1) / np.sqrt(len(values))),
+    std_error=standard_error(values),
   )
 
 
@@ -184,7 +187,8 @@ def fid(
     samples.mu, samples.sigma, reference.mu, reference.sigma
   )
   std_error = None
-  if features is not None and not too_few(count, dims):
+  few = features is None or len(features) < 2 or too_few(count, dims)
+  if not few:
     std_error = frechet_std_error(samples, reference, features)
   return Metric(
     value=value, count=samples.count, std_error=std_error, note=note
@@ -218,6 +222,7 @@ def kid(
   subsets: int = 100,
   subset_size: int = 1000,
   seed: int = 0,
+  count: int | None = None,
 ) -> Metric:
   """Return the kernel distance of two sets (Binkowski et al. 2018).
 
@@ -231,6 +236,8 @@ def kid(
     subsets: number of pairs of subsets whose distances are averaged.
     subset_size: number of images in a subset.
     seed: seed of the subsets.
+    count: number of samples that there are, if `fake` is a part of them; only
+      for the error.
 
   Raises:
     ValueError: there are fewer images than a subset has.
@@ -238,7 +245,7 @@ def kid(
   if min(len(real), len(fake)) < subset_size:
     raise ValueError(
       f'KID draws subsets of {subset_size} images, but there are only '
-      f'{len(real)} real and {len(fake)} generated.'
+      f'{len(real)} real and {count or len(fake)} generated.'
     )
   # The stream of RandomState stays the same in all versions of NumPy.
   rng = np.random.RandomState(seed)
@@ -280,7 +287,7 @@ def inception_score(
     ValueError: there are fewer images than splits.
   """
   if logits is None:
-    return Metric(value=None, count=0, note=NO_LOGITS)
+    return Metric(value=None, count=0, note=f'{NO_LOGITS}.')
   if len(logits) < splits:
     raise ValueError(f'{len(logits)} images cannot be split into {splits}.')
   x = np.float64(logits)
@@ -291,11 +298,14 @@ def inception_score(
   for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
     log_p_y_x = log_p[start:stop]
     p_y_x = np.exp(log_p_y_x)
-    log_p_y = np.log(p_y_x.mean(axis=0))
-    divergence = (p_y_x * (log_p_y_x - log_p_y)).sum(axis=1)
+    with np.errstate(divide='ignore', invalid='ignore'):
+      log_p_y = np.log(p_y_x.mean(axis=0))
+      terms = p_y_x * (log_p_y_x - log_p_y)
+    # The limit of p log p at p = 0 is 0.
+    divergence = np.where(p_y_x > 0, terms, 0).sum(axis=1)
     scores.append(np.exp(divergence.mean()))
   metric = _over(np.array(scores), len(x))
-  if splits > 1:
+  if splits > 1 or len(x) < 2:
     return metric
   std_error = metric.value * divergence.std() / np.sqrt(len(x))
   return dataclasses.replace(metric, std_error=float(std_error))
@@ -388,6 +398,30 @@ def density_coverage(
   }
 
 
+def attempted(
+  names: Sequence[str], count: int, function: Callable, /, *args, **kwargs
+) -> dict[str, Metric]:
+  """Return metrics by name; without values, but a note, where it fails.
+
+  Args:
+    names: names of the metrics.
+    count: number of samples, for metrics without a value.
+    function: returns a Metric, a number, or Metrics by name. Its ValueError is
+      the note.
+    *args, **kwargs: its arguments.
+  """
+  try:
+    found = function(*args, **kwargs)
+  except ValueError as error:
+    missing = Metric(value=None, count=count, note=str(error))
+    return dict.fromkeys(names, missing)
+  if isinstance(found, dict):
+    return found
+  if not isinstance(found, Metric):
+    found = Metric(value=found, count=count)
+  return dict.fromkeys(names, found)
+
+
 # --- All metrics of images ----------------------------------------------------
 
 
@@ -397,13 +431,14 @@ def score_samples(
   *,
   seed: int = 0,
   allow_few: bool = False,
+  logits_hint: str = '',
 ) -> dict[str, Metric]:
   """Return all metrics of samples of images.
 
   FID uses all samples, one batch at a time. KID and metrics of neighbours use
   as many samples as the reference has features. A metric that needs more images
   than there are, or features that the reference does not have, has no value,
-  and its note tells why.
+  and its note tells why; the others have theirs.
 
   Args:
     batches: dicts of features of samples: 'pool_3' [n, D], and optionally
@@ -411,6 +446,7 @@ def score_samples(
     reference: statistics of real images.
     seed: seed of the subsets of KID.
     allow_few: see `fid`.
+    logits_hint: how to get logits, for the note if there are none.
 
   Returns:
     'fid', 'is_1_split', 'is_10_splits', 'kid', 'precision', 'recall', 'density'
@@ -428,27 +464,31 @@ def score_samples(
   fake = np.concatenate(kept)
   logits = np.concatenate(logits) if logits else None
 
-  def attempt(metric, *args, **kwargs):
-    try:
-      return metric(*args, **kwargs)
-    except ValueError as error:
-      return Metric(value=None, count=moments.count, note=str(error))
+  def attempt(names, metric, *args, **kwargs):
+    return attempted(names, moments.count, metric, *args, **kwargs)
 
-  metrics = {
-    'fid': attempt(fid, moments, reference, features=fake, allow_few=allow_few),
-    'is_1_split': attempt(inception_score, logits, splits=1),
-    'is_10_splits': attempt(inception_score, logits, splits=10),
-  }
-  neighbours = ('precision', 'recall', 'density', 'coverage')
+  metrics = attempt(
+    ('fid',), fid, moments, reference, features=fake, allow_few=allow_few
+  )
+  for splits, name in ((1, 'is_1_split'), (10, 'is_10_splits')):
+    if logits is None:
+      note = '; '.join(filter(None, (NO_LOGITS, logits_hint))) + '.'
+      metrics[name] = Metric(value=None, count=moments.count, note=note)
+    else:
+      metrics |= attempt((name,), inception_score, logits, splits=splits)
   if real is None:
     note = 'The reference statistics hold no features.'
     missing = Metric(value=None, count=moments.count, note=note)
-    return metrics | dict.fromkeys(('kid', *neighbours), missing)
-  metrics['kid'] = attempt(kid, real, fake, seed=seed)
+    names = ('kid', 'precision', 'recall', 'density', 'coverage')
+    return metrics | dict.fromkeys(names, missing)
+  metrics |= attempt(('kid',), kid, real, fake, seed=seed, count=moments.count)
   # Metrics of neighbours depend on the numbers of images, so these are equal.
   equal = min(len(real), len(fake))
-  for function in (precision_recall, density_coverage):
-    metrics |= function(real[:equal], fake[:equal])
+  for names, function in (
+    (('precision', 'recall'), precision_recall),
+    (('density', 'coverage'), density_coverage),
+  ):
+    metrics |= attempt(names, function, real[:equal], fake[:equal])
   return metrics
 
 
@@ -493,7 +533,12 @@ def energy_distance(
 
   Returns:
     The distance, in units of x.
+
+  Raises:
+    ValueError: there are fewer than two points.
   """
+  if min(len(x), len(y)) < 2:
+    raise ValueError('A single point has no energy distance; use more.')
 
   def within(v):
     return cdist(v, v).sum() / (len(v) * (len(v) - 1))

@@ -40,6 +40,9 @@ class Likelihood(typing.NamedTuple):
     z: latent codes, shaped as the data.
     nfe: number of drift evaluations.
     success: whether the ODE solver reached t = 1.
+    not_finite_at: time at which the score is not finite, which is why t = 1 was
+      not reached; else NaN.
+    state: where the ODE solver stands, for `log_likelihood` to go on from.
   """
 
   logp: Float[Array, ' B']
@@ -47,6 +50,8 @@ class Likelihood(typing.NamedTuple):
   z: Float[Array, ' B *dims']
   nfe: Int[Array, '']
   success: Bool[Array, '']
+  not_finite_at: Float[Array, '']
+  state: ode.OdeState
 
 
 def rademacher(rng: Rng, shape: Sequence[int]) -> Float[Array, '...']:
@@ -119,10 +124,15 @@ def log_likelihood(
   eps: Real[ArrayLike, ''] = 1e-5,
   rtol: Real[ArrayLike, ''] = 1e-5,
   atol: Real[ArrayLike, ''] = 1e-5,
+  state: ode.OdeState | None = None,
+  max_steps: Int[ArrayLike, ''] | None = ode.MAX_STEPS,
 ) -> Likelihood:
   """Return log p_0(x) in nats, [B], by the ODE from eps to 1 (Eq. 39).
 
-  All probes share one solution of the ODE, and its steps.
+  All probes share one solution of the ODE, and its steps. A long computation
+  can be made in stretches, to report progress: begin with max_steps=None, and
+  go on from `state` with larger and larger max_steps until
+  `ode.arrived_or_stuck(state, 1)`. The result is the same.
 
   Args:
     score_fn: score_fn(x, t) -> score, in continuous time.
@@ -132,6 +142,9 @@ def log_likelihood(
       trace.
     eps: time in (0, 1) at which x is taken to be the state of the ODE.
     rtol, atol: relative and absolute tolerance of the ODE solver.
+    state: `state` of an earlier result for the same arguments; None to begin.
+    max_steps: number of attempted steps in all at which to stop; None to make
+      no step yet.
   """
 
   def augmented(t, state):
@@ -139,8 +152,15 @@ def log_likelihood(
     return drift_and_divergence(score_fn, sde, state[0], t, probes)
 
   k = 1 if probes is None else probes.shape[0]
-  start = (x, jnp.zeros((k, x.shape[0])))
-  solution = ode.solve_ode(augmented, start, eps, 1.0, rtol=rtol, atol=atol)
+  tolerances = {'rtol': rtol, 'atol': atol}
+  if state is None:
+    start = (x, jnp.zeros((k, x.shape[0])))
+    state = ode.begin(augmented, start, eps, 1.0, **tolerances)
+  if max_steps is not None:
+    state = ode.proceed(
+      augmented, state, 1.0, **tolerances, max_steps=max_steps
+    )
+  solution = ode.end(state, 1.0)
   z, integrals = solution.y
   logp = sde.prior_logp(z) + jnp.mean(integrals, axis=0)
   if probes is None:
@@ -149,7 +169,15 @@ def log_likelihood(
     std_error = jnp.full_like(logp, jnp.nan)
   else:
     std_error = jnp.std(integrals, axis=0, ddof=1) / math.sqrt(k)
-  return Likelihood(logp, std_error, z, solution.nfe, solution.success)
+  return Likelihood(
+    logp=logp,
+    std_error=std_error,
+    z=z,
+    nfe=solution.nfe,
+    success=solution.success,
+    not_finite_at=solution.not_finite_at,
+    state=state,
+  )
 
 
 def encode(
@@ -188,7 +216,8 @@ def interpolate(
     z0, z1: latent codes [B, ...].
     weights: positions [K], from 0 for z0 to 1 for z1.
   """
-  flat0, flat1 = (z.reshape(z.shape[0], -1) for z in (z0, z1))
+  size = math.prod(z0.shape[1:])
+  flat0, flat1 = (z.reshape(z.shape[0], size) for z in (z0, z1))
   norms = jnp.linalg.norm(flat0, axis=1) * jnp.linalg.norm(flat1, axis=1)
   cosine = jnp.sum(flat0 * flat1, axis=1) / norms
   # Codes in the same direction define no circle: the limit is a straight line.

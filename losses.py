@@ -170,6 +170,10 @@ class Times(Options, abc.ABC):
   def check(self, sde: sde_lib.SDE) -> None:
     """Raise ValueError if the times do not suit the process."""
 
+  def smallest(self, eps: float) -> float:
+    """Return the smallest time that is drawn."""
+    return eps
+
   @abc.abstractmethod
   def __call__(
     self, rng: PRNGKeyArray, sde: sde_lib.SDE, batch: int, eps: float
@@ -222,6 +226,9 @@ class Grid(Times):
         f'{self.num_scales}: set training.num_scales.'
       )
 
+  def smallest(self, eps):
+    return 0.0  # The time of level 0.
+
   def __call__(self, rng, sde, batch, eps):
     del sde, eps
     label = jax.random.randint(rng, (batch,), 0, self.num_scales)
@@ -270,6 +277,7 @@ class Lognormal(Times):
   p_mean: float = option(
     -1.2,
     'Mean of the logarithm of sigma in training.',
+    '(-inf, inf)',
     formerly='sde.p_mean',
     marks=('run', 'samples'),
   )
@@ -622,6 +630,11 @@ class ScoreMatching(Options):
     1e-5, 'Smallest time in training.', '[0, 1)', marks=OF_LOSS
   )
 
+  @property
+  def smallest(self) -> float:
+    """Return the smallest time that is drawn."""
+    return self.times.smallest(self.eps)
+
   def check(self, sde: sde_lib.SDE) -> None:
     """Raise ValueError if a choice does not suit the process."""
     self.times.check(sde)
@@ -677,6 +690,11 @@ class Classification(Options):
     'uniform', 'Distribution of the times in training.', table=TIMES
   )
   eps: float = option(1e-5, 'Smallest time in training.', '[0, 1)')
+
+  @property
+  def smallest(self) -> float:
+    """Return the smallest time that is drawn."""
+    return self.times.smallest(self.eps)
 
   def check(self, sde: sde_lib.SDE) -> None:
     """Raise ValueError if the times do not suit the process."""
@@ -735,13 +753,15 @@ class Adam(Options):
     0.999, "Decay of Adam's average of their squares.", '[0, 1)'
   )
   eps: float = option(
-    1e-8, 'Number that Adam adds to the root of that average.', '[0, inf)'
+    1e-8, 'Number that Adam adds to the root of that average.', '(0, inf)'
   )
   weight_decay: float = option(
     0.0, 'Decoupled weight decay; 0 for none.', '[0, inf)'
   )
   warmup: int = option(
-    5000, 'Steps in which the rate rises from 0; 0 for none.', '[0, inf)'
+    5000,
+    'Steps in which the rate rises from 0; 0 for none.',
+    '[0, 2147483647]',
   )
   grad_clip: float = option(
     1.0, 'Largest global norm of a gradient; 0 for no clipping.', '[0, inf)'

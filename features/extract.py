@@ -53,6 +53,10 @@ class FeatureExtractor:
     """
     inception.find_variant(variant)
     self.variant = variant
+    self.logits_hint = (
+      'pt_inception-2015-12-05-6726825d.pth of pytorch-fid has the layer that '
+      'makes them (config.eval.inception_path)'
+    )
     self.with_logits = 'fc' in params
     network = {k: v for k, v in params.items() if k != 'fc'}
     weights = (np.asarray(v).tobytes() for v in jax.tree.leaves(network))
@@ -144,6 +148,9 @@ def find_extractor(name: str) -> Extract:
     return function(images)
 
   extract.variant = f'{name.replace(":", ".")}-{version}'
+  extract.logits_hint = (
+    f"{name} can return them, as {{'pool_3': [N, D], 'logits': [N, K]}}"
+  )
   return extract
 
 
@@ -185,7 +192,7 @@ def outputs_of(images: np.ndarray, extract: Extract) -> dict[str, np.ndarray]:
     'pool_3' [N, D], and 'logits' [N, K] if the extractor has them.
 
   Raises:
-    ValueError: the extractor returned another shape.
+    ValueError: the extractor returned another shape, or no finite numbers.
   """
   outputs = extract(images)
   if not isinstance(outputs, dict):
@@ -197,6 +204,16 @@ def outputs_of(images: np.ndarray, extract: Extract) -> dict[str, np.ndarray]:
         f'The extractor returned {name} of shape {value.shape} from '
         f'{len(images)} images; it should be [{len(images)}, D].'
       )
+    if value.dtype.kind not in 'fiu' or not np.isfinite(value).all():
+      raise ValueError(
+        f'The extractor {variant_of(extract)} returned {name} that are not '
+        'finite numbers.'
+      )
+  if 'pool_3' not in outputs:
+    raise ValueError(
+      f'The extractor {variant_of(extract)} returned {", ".join(outputs)}; it '
+      "should return [N, D], or a dict with that as 'pool_3'."
+    )
   return outputs
 
 

@@ -218,6 +218,10 @@ def merge_stats(parts: list[ReferenceStats]) -> ReferenceStats:
   )
 
 
+def _is_finite(array):
+  return array.dtype.kind in 'fiu' and np.isfinite(array).all()
+
+
 def load_stats(path: str | os.PathLike) -> ReferenceStats:
   """Return the statistics of a file of this project or of another one.
 
@@ -244,6 +248,12 @@ def load_stats(path: str | os.PathLike) -> ReferenceStats:
       f'[D, D], or pool_3 [N, D]; it has {", ".join(file) or "nothing"}.'
     )
   names = ('count', 'variant', 'resolution', 'fingerprint')
+  whole = all(file[k].size == 1 for k in names if k in file)
+  numbers = [file[k] for k in ('mu', 'sigma', 'features') if k in file]
+  if not whole or not all(_is_finite(array) for array in numbers):
+    raise ValueError(
+      f'{path} holds no reference statistics: they are not all finite numbers.'
+    )
   scalars = {k: file[k].item() for k in names if k in file}
   return ReferenceStats(
     mu=np.float64(mu),

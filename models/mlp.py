@@ -69,7 +69,7 @@ class MLP(nn.Module):
   """
 
   nf: int = fields.nf()
-  num_layers: int = option(3, 'Hidden layers.', '[0, inf)')
+  num_layers: int = option(3, 'Hidden layers.', '[0, 1000]')
   nonlinearity: str = fields.nonlinearity('swish')
   conditional: bool = fields.conditional()
   embedding_type: str = fields.embedding_type('fourier')

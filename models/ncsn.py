@@ -333,7 +333,7 @@ class NCSN(_RefineNet):
   """
 
   num_classes: int = option(
-    10, 'Noise levels, as many as training.num_scales.', '[1, inf)'
+    10, 'Noise levels, as many as training.num_scales.', '[1, 1e7]'
   )
 
 

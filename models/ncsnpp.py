@@ -30,7 +30,7 @@ class NCSNpp(UNet):
     True, 'Whether resampling filters, rather than repeats and averages.'
   )
   fir_kernel: tuple[int, ...] = option(
-    (1, 3, 3, 1), 'Taps of the separable resampling filter.'
+    (1, 3, 3, 1), 'Taps of the separable resampling filter.', '[1, 1000]'
   )
   skip_rescale: bool = option(
     True, 'Whether sums of two branches are divided by sqrt(2).'
@@ -59,7 +59,7 @@ class NCSNpp(UNet):
   )
   fourier_scale: float = fields.fourier_scale(16.0)
   conv_size: int = option(
-    3, 'Kernel size of the first and last convolutions.', '[1, inf)'
+    3, 'Kernel size of the first and last convolutions.', '[1, 1000]'
   )
 
   @property

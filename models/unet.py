@@ -22,7 +22,7 @@ class UNet(nn.Module):
   ch_mult: tuple[int, ...] = option(
     (1, 2, 2, 2),
     'Multiples of nf for each resolution, from the highest.',
-    '[1, inf)',
+    '[1, 1000]',
   )
   num_res_blocks: int = fields.num_res_blocks(2)
   attn_resolutions: tuple[int, ...] = option(

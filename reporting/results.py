@@ -9,6 +9,7 @@ A result is a dict, as in the JSON files of an evaluation:
   'note'.
 """
 
+import math
 import pathlib
 
 from reporting.pictures import pyplot, save_figure
@@ -67,10 +68,13 @@ def _labels(results, leave_out=()):
 
 def _show(metric):
   """Return a metric as text, with its errors."""
-  if metric['value'] is None:
+  value, error, probes = (
+    None if v is None or math.isnan(v) else v  # NaN is in old files.
+    for v in map(metric.get, ('value', 'std_error', 'probe_error'))
+  )
+  if value is None:
     return 'n/a'
-  error, probes = metric.get('std_error'), metric.get('probe_error')
-  text = f'{metric["value"]:.5g}' + (f' +- {error:.2g}' if error else '')
+  text = f'{value:.5g}' + (f' +- {error:.2g}' if error else '')
   return text + (f' (probes {probes:.1g})' if probes else '')
 
 

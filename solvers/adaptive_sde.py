@@ -30,11 +30,14 @@ class SdeSolution(typing.NamedTuple):
     nfe: number of drift evaluations.
     success: whether t1 was reached with a finite state and within the allowed
       number of steps.
+    not_finite_at: time at which the drift is not finite, which is why t1 was
+      not reached; else NaN.
   """
 
   y: Float[Array, ' B *dims']
   nfe: Int[Array, '']
   success: Bool[Array, '']
+  not_finite_at: Float[Array, '']
 
 
 # First step size; r and theta of the paper's step control.
@@ -119,7 +122,8 @@ def solve_sde(
     t0, t1: start and end, scalars.
     rtol, atol: tolerances of the difference, atol in units of x. The paper
       uses 0.01 to 0.05, and one grey level.
-    max_steps: number of attempted steps after which success is False.
+    max_steps: number of attempted steps after which success is False. A drift
+      that is not finite at a state that was reached ends the solution at once.
   """
   tiny = jnp.finfo(x.dtype).eps  # A smaller step would not change t.
 
@@ -128,7 +132,7 @@ def solve_sde(
     return jax.vmap(lambda k, t: brownian_path(k, t, x.shape[1:]))(keys, t)
 
   def attempt(carry):
-    x, x_prev, w, t, h, steps = carry
+    x, x_prev, w, t, h, steps, _ = carry
     t_next = jnp.where(h >= t - t1, t1, t - h)
     w_next = path(t_next)
     k_improved, k_euler = _increments(
@@ -146,19 +150,28 @@ def solve_sde(
     factor = _SAFETY * jnp.maximum(error, tiny) ** -_EXPONENT
     # A NaN error rejects the step as well, and shrinks it.
     h = jnp.where(jnp.isfinite(factor), factor, 0.1) * h
-    return x, x_prev, w, t, jnp.minimum(h, t - t1), steps + 1
+    # A shorter step from here begins with the same drift.
+    stuck = ~jnp.isfinite(k_euler).reshape(len(x), -1).all(axis=-1)
+    h = jnp.where(stuck & (t > t1), 0.0, jnp.minimum(h, t - t1))
+    return x, x_prev, w, t, h, steps + 1, jnp.isfinite(error)
 
   def unfinished(carry):
-    _, _, _, t, h, steps = carry
+    _, _, _, t, h, steps, _ = carry
     going = t > t1
     return jnp.any(going) & (steps < max_steps) & jnp.all(~going | (h > tiny))
 
   t1 = jnp.asarray(t1, x.dtype)
   t = jnp.full(x.shape[:1], t0, x.dtype)
-  start = (x, x, path(t), t, jnp.minimum(_FIRST, t - t1), jnp.asarray(0))
-  x, _, _, t, _, steps = jax.lax.while_loop(unfinished, attempt, start)
-  success = jnp.all(t == t1) & jnp.all(jnp.isfinite(x))
-  return SdeSolution(x, 2 * steps, success)
+  h, finite = jnp.minimum(_FIRST, t - t1), jnp.ones_like(t, bool)
+  start = (x, x, path(t), t, h, jnp.asarray(0), finite)
+  x, _, _, t, _, steps, finite = jax.lax.while_loop(unfinished, attempt, start)
+  bad = (t > t1) & ~finite | ~jnp.isfinite(x).reshape(len(x), -1).all(axis=-1)
+  return SdeSolution(
+    y=x,
+    nfe=2 * steps,
+    success=jnp.all(t == t1) & ~jnp.any(bad),
+    not_finite_at=jnp.nanmax(jnp.where(bad, t, jnp.nan)),
+  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -63,6 +63,9 @@ class Samples(typing.NamedTuple):
     success: whether an adaptive solver reached the end; else True.
     frames: states on the way, [F, B, ...], from z to x; F = 0 by default.
     times: times of the frames, [F]; the last is 0 if x is a mean of x_0.
+    not_finite_at: time at which an adaptive solver found a score that is not
+      finite, and stopped; else NaN.
+    label: classes that the samples are of, [B]; None without classes.
   """
 
   x: Float[Array, ' B *dims']
@@ -70,6 +73,8 @@ class Samples(typing.NamedTuple):
   success: Bool[Array, '']
   frames: Float[Array, 'F B *dims']
   times: Float[Array, ' F']
+  not_finite_at: Float[ArrayLike, ''] = np.float32(np.nan)
+  label: Int[Array, ' B'] | None = None
 
 
 @typing.runtime_checkable
@@ -165,7 +170,7 @@ class FixedSteps(BaseSampler):
   num_steps: int = option(
     1000,
     'Number of steps (times of the grid) of samplers with fixed steps.',
-    '[1, inf)',
+    '[1, 1e7]',
     marks=('samples', 'cost'),
   )
 
@@ -200,7 +205,7 @@ class LevelSampler(GridSampler):
   """Base class of samplers that run a Markov chain at each time of a grid."""
 
   corrector_steps: int = option(
-    1, 'Langevin steps at each time of the grid.', '[1, inf)'
+    1, 'Langevin steps at each time of the grid.', '[1, 1e7]'
   )
 
 
@@ -221,6 +226,11 @@ def scan_with_frames(step, carry, inputs, t, frames):
     (carry, recorded states [F, B, ...], their times [F]).
   """
   x, t = carry[0], jnp.asarray(t)
+  if frames > len(t):
+    raise ValueError(
+      f'sampling.frames={frames} is more than the {len(t)} states on the way: '
+      'use fewer frames, or more sampling.num_steps.'
+    )
   chosen = np.rint(np.linspace(0, len(t) - 1, frames)).astype(int)
   chosen = np.unique(chosen)
   slots = np.full(len(t), len(chosen))
@@ -240,9 +250,11 @@ def scan_with_frames(step, carry, inputs, t, frames):
 
 
 def scan_stretches(solve, sampler, score_fn, sde, z, frames):
-  """Sample by solve(i, x, t, t_next) -> (.y, .nfe, .success) from 1 to eps.
+  """Sample by solve(i, x, t, t_next) -> solution from 1 to eps.
 
-  Frames are evenly spaced in time, and the solver restarts at each frame.
+  Frames are evenly spaced in time, and the solver restarts at each frame. A
+  solution has y, nfe, success and not_finite_at; after one that failed the
+  state stays where it is.
 
   Args:
     solve: adaptive solver from time t to t_next, both scalars; i is the number
@@ -257,21 +269,23 @@ def scan_stretches(solve, sampler, score_fn, sde, z, frames):
   t = np.linspace(1, eps, max(frames, 2), dtype=np.float32)
 
   def stretch(carry, inputs):
-    x, nfe, success = carry
+    x, nfe, success, bad = carry
     i, t, t_next = inputs
-    solution = solve(i, x, t, t_next)
-    x = solution.y
-    return (x, nfe + solution.nfe, success & solution.success), x
+    solution = solve(i, x, jnp.where(success, t, t_next), t_next)
+    x, success = solution.y, success & solution.success
+    bad = jnp.where(jnp.isnan(bad), solution.not_finite_at, bad)
+    return (x, nfe + solution.nfe, success, bad), x
 
-  start = (z, jnp.asarray(0), jnp.asarray(True))
+  start = (z, jnp.asarray(0), jnp.asarray(True), jnp.float32(jnp.nan))
   stretches = (np.arange(len(t) - 1), t[:-1], t[1:])
-  (x, nfe, success), film = jax.lax.scan(stretch, start, stretches)
+  (x, nfe, success, bad), film = jax.lax.scan(stretch, start, stretches)
   if final_denoise:
     x = denoise_at(score_fn, sde, x, eps)
   film = jnp.concatenate([z[None], film])[:frames]
   times = np.append(t[:-1], 0 if final_denoise else eps)[:frames]
   times = jnp.asarray(times, jnp.float32)
-  return result(x, nfe + int(final_denoise), film, times, success)
+  found = result(x, nfe + int(final_denoise), film, times, success)
+  return found._replace(not_finite_at=bad)
 
 
 def denoise_at(score_fn, sde, x, t):

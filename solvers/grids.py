@@ -118,7 +118,13 @@ class Grid(Options, abc.ABC):
     t = np.array(self.spaced(sde, num_steps, ends[-1], num_scales))
     t[0], t[-1] = ends[0], ends[-1]
     if not num_scales:
-      return t.astype(np.float32)
+      t = t.astype(np.float32)
+      if not (np.diff(t) < 0).all():
+        raise ValueError(
+          f'sampling.num_steps={num_steps} is too many for sampling.eps={eps} '
+          'and sampling.grid: times would repeat in float32. Use fewer.'
+        )
+      return t
     steps = np.arange(num_steps)
     # At least one level apart, with enough levels left for the later steps.
     labels = np.minimum.accumulate(_labels(t, num_scales) + steps) - steps

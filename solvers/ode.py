@@ -1,7 +1,9 @@
 r"""Adaptive solver of ordinary differential equations, on the device.
 
 `solve_ode` runs inside `jax.jit`; samplers, likelihoods and latent codes use
-it. The sampler `ODE` solves the probability-flow ODE (Eq. 13) with it.
+it. The sampler `ODE` solves the probability-flow ODE (Eq. 13) with it. Long
+solutions can be computed in stretches, with the same result: `begin`, then
+`proceed` as often as it takes, then `end`.
 """
 
 import dataclasses
@@ -13,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Int, PyTree, Real
+from jaxtyping import Array, Bool, Float, Int, PyTree, Real
 
 from runtime.options import option
 from solvers import base
@@ -27,12 +29,41 @@ class OdeSolution(typing.NamedTuple):
     nfe: number of drift evaluations.
     success: whether t1 was reached with a finite state and within the allowed
       number of steps.
+    not_finite_at: time at which the drift is not finite, which is why t1 was
+      not reached; else NaN.
   """
 
   y: PyTree
   nfe: Int[Array, '']
   success: Bool[Array, '']
+  not_finite_at: Float[Array, '']
 
+
+class OdeState(typing.NamedTuple):
+  """Where a solution stands between two attempted steps.
+
+  Attributes:
+    t: time that was reached.
+    y: state there.
+    slope: drift there.
+    h: size of the next step.
+    rejected: whether the last attempt was rejected.
+    steps: number of attempted steps.
+    stuck: whether no step from here is possible.
+    finite: whether the last attempt (or the start) had finite slopes.
+  """
+
+  t: Float[Array, '']
+  y: PyTree
+  slope: PyTree
+  h: Float[Array, '']
+  rejected: Bool[Array, '']
+  steps: Int[Array, '']
+  stuck: Bool[Array, '']
+  finite: Bool[Array, '']
+
+
+MAX_STEPS = 10_000  # A solution that takes more attempts has failed.
 
 # Dormand & Prince (1980): nodes, stages (the last row is the fifth-order
 # solution) and the difference between that and the fourth-order solution.
@@ -68,6 +99,12 @@ def _axpy(h, x, y):
   return jax.tree.map(lambda x, y: y + h * x, x, y)
 
 
+def _finite(tree):
+  """Return whether all numbers of a pytree are finite."""
+  leaves = jax.tree.leaves(tree)
+  return jnp.all(jnp.stack([jnp.all(jnp.isfinite(v)) for v in leaves]))
+
+
 def _rms(tree, scale):
   """Return the root mean square over all numbers of tree / scale."""
   leaves = jax.tree.leaves(jax.tree.map(lambda v, s: (v / s) ** 2, tree, scale))
@@ -99,7 +136,9 @@ def _first_step(drift, y0, t0, t1, scale):
   steepest = jnp.maximum(d1, d2)
   flat = jnp.maximum(1e-6, h0 * 1e-3)
   h1 = jnp.where(steepest <= 1e-15, flat, (0.01 / steepest) ** (1 / 5))
-  return k0, jnp.minimum(100 * h0, h1)
+  # Where the trial step left the domain of the drift, the first step is the
+  # smallest one that there is.
+  return k0, jnp.where(jnp.isfinite(d2), jnp.minimum(100 * h0, h1), 0.0)
 
 
 def _runge_kutta(drift, t, y, k0, h):
@@ -123,6 +162,106 @@ def _runge_kutta(drift, t, y, k0, h):
   return y_new, slopes
 
 
+def _scale(y, y_new, rtol, atol):
+  """Return atol + rtol max(|y|, |y_new|)."""
+  return jax.tree.map(
+    lambda a, b: atol + rtol * jnp.maximum(jnp.abs(a), jnp.abs(b)), y, y_new
+  )
+
+
+def begin(
+  drift: Callable,
+  y0: PyTree,
+  t0: Real[ArrayLike, ''],
+  t1: Real[ArrayLike, ''],
+  *,
+  rtol: Real[ArrayLike, ''],
+  atol: Real[ArrayLike, ''],
+) -> OdeState:
+  """Return the state of `solve_ode` before its first step.
+
+  The state is stuck if the slope at y0 is not finite.
+  """
+  t0, t1 = jnp.float32(t0), jnp.float32(t1)
+  scale = _scale(y0, y0, rtol, atol)
+  slope, h = _first_step(drift, y0, t0, t1, scale)
+  finite = _finite((y0, slope))
+  start = (t0, y0, slope, h, np.False_, np.int32(0), ~finite, finite)
+  return OdeState(*jax.tree.map(jnp.asarray, start))
+
+
+def proceed(
+  drift: Callable,
+  state: OdeState,
+  t1: Real[ArrayLike, ''],
+  *,
+  rtol: Real[ArrayLike, ''],
+  atol: Real[ArrayLike, ''],
+  max_steps: Int[ArrayLike, ''] = MAX_STEPS,
+) -> OdeState:
+  """Make steps until t1 is reached, or max_steps were attempted in all."""
+  t1 = jnp.float32(t1)
+
+  def attempt(carry):
+    t, y, k0, h_abs, rejected, steps, _, _ = carry
+    direction = jnp.sign(t1 - t)
+    # A step below the spacing of floats at t would not change t.
+    h_min = 10 * jnp.finfo(jnp.float32).eps * jnp.maximum(jnp.abs(t), 1e-7)
+    h_abs = jnp.maximum(h_abs, h_min)
+    last = h_abs >= jnp.abs(t1 - t)
+    t_new = jnp.where(last, t1, t + direction * h_abs)
+    h = t_new - t
+    y_new, slopes = _runge_kutta(drift, t, y, k0, h)
+    difference = combine(jnp.asarray(_ERROR), slopes)
+    error = jnp.abs(h) * _rms(difference, _scale(y, y_new, rtol, atol))
+    factor = _SAFETY * error ** (-1 / 5)
+    accept = error < 1
+    # Written so that a NaN error rejects the step and shrinks it.
+    factor = jnp.where(
+      accept,
+      jnp.minimum(jnp.where(rejected, 1.0, _MAX_FACTOR), factor),
+      jnp.where(factor > _MIN_FACTOR, factor, _MIN_FACTOR),
+    )
+    stuck = ~accept & (h_abs <= h_min)
+    choose = functools.partial(jnp.where, accept)
+    return OdeState(
+      choose(t_new, t),
+      jax.tree.map(choose, y_new, y),
+      jax.tree.map(lambda k, k0: choose(k[-1], k0), slopes, k0),
+      jnp.abs(h) * factor,
+      ~accept,
+      steps + 1,
+      stuck,
+      jnp.isfinite(error),
+    )
+
+  def unfinished(carry):
+    return ~arrived_or_stuck(carry, t1) & (carry.steps < max_steps)
+
+  return jax.lax.while_loop(unfinished, attempt, state)
+
+
+def arrived_or_stuck(
+  state: OdeState, t1: Real[ArrayLike, '']
+) -> Bool[Array, '']:
+  """Return whether no more steps are needed, or none are possible."""
+  return (state.t == t1) | state.stuck
+
+
+def end(state: OdeState, t1: Real[ArrayLike, '']) -> OdeSolution:
+  """Return the solution of a state."""
+  finite = _finite(state.y)
+  bad = ~finite | (state.stuck & ~state.finite)
+  # Two evaluations for the first step's size, then six a step: the seventh is
+  # the first of the next step.
+  return OdeSolution(
+    y=state.y,
+    nfe=2 + 6 * state.steps,
+    success=(state.t == t1) & ~bad,
+    not_finite_at=jnp.where(bad, state.t, jnp.nan),
+  )
+
+
 def solve_ode(
   drift: Callable,
   y0: PyTree,
@@ -131,7 +270,7 @@ def solve_ode(
   *,
   rtol: Real[ArrayLike, ''],
   atol: Real[ArrayLike, ''],
-  max_steps: int = 10_000,
+  max_steps: int = MAX_STEPS,
 ) -> OdeSolution:
   """Solve dy/dt = drift(t, y) from t0 to t1 by RK45, inside `jax.jit`.
 
@@ -145,60 +284,13 @@ def solve_ode(
     y0: pytree of float arrays.
     t0, t1: start and end; t1 may be smaller than t0.
     rtol, atol: relative and absolute tolerance of the error of a step.
-    max_steps: number of attempted steps after which success is False.
+    max_steps: number of attempted steps after which success is False. A slope
+      at y0 that is not finite ends the solution at once.
   """
-  t0, t1 = jnp.float32(t0), jnp.float32(t1)
-  direction = jnp.sign(t1 - t0)
-
-  def scale_of(y, y_new):
-    return jax.tree.map(
-      lambda a, b: atol + rtol * jnp.maximum(jnp.abs(a), jnp.abs(b)), y, y_new
-    )
-
-  def attempt(carry):
-    t, y, k0, h_abs, rejected, steps, _ = carry
-    # A step below the spacing of floats at t would not change t.
-    h_min = 10 * jnp.finfo(jnp.float32).eps * jnp.maximum(jnp.abs(t), 1e-7)
-    h_abs = jnp.maximum(h_abs, h_min)
-    last = h_abs >= jnp.abs(t1 - t)
-    t_new = jnp.where(last, t1, t + direction * h_abs)
-    h = t_new - t
-    y_new, slopes = _runge_kutta(drift, t, y, k0, h)
-    difference = combine(jnp.asarray(_ERROR), slopes)
-    error = jnp.abs(h) * _rms(difference, scale_of(y, y_new))
-    factor = _SAFETY * error ** (-1 / 5)
-    accept = error < 1
-    # Written so that a NaN error rejects the step and shrinks it.
-    factor = jnp.where(
-      accept,
-      jnp.minimum(jnp.where(rejected, 1.0, _MAX_FACTOR), factor),
-      jnp.where(factor > _MIN_FACTOR, factor, _MIN_FACTOR),
-    )
-    stuck = ~accept & (h_abs <= h_min)
-    choose = functools.partial(jnp.where, accept)
-    return (
-      choose(t_new, t),
-      jax.tree.map(choose, y_new, y),
-      jax.tree.map(lambda k, k0: choose(k[-1], k0), slopes, k0),
-      jnp.abs(h) * factor,
-      ~accept,
-      steps + 1,
-      stuck,
-    )
-
-  def unfinished(carry):
-    t, _, _, _, _, steps, stuck = carry
-    return (t != t1) & (steps < max_steps) & ~stuck
-
-  k0, h = _first_step(drift, y0, t0, t1, scale_of(y0, y0))
-  start = jax.tree.map(jnp.asarray, (t0, y0, k0, h, False, 0, False))
-  t, y, _, _, _, steps, _ = jax.lax.while_loop(unfinished, attempt, start)
-  finite = jnp.all(
-    jnp.stack([jnp.all(jnp.isfinite(v)) for v in jax.tree.leaves(y)])
-  )
-  # Two evaluations for the first step's size, then six a step: the seventh is
-  # the first of the next step.
-  return OdeSolution(y, 2 + 6 * steps, (t == t1) & finite)
+  t1, tolerances = jnp.float32(t1), {'rtol': rtol, 'atol': atol}
+  state = begin(drift, y0, t0, t1, **tolerances)
+  state = proceed(drift, state, t1, **tolerances, max_steps=max_steps)
+  return end(state, t1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -437,6 +437,14 @@ class Heun(PlanSampler):
     '[0, inf)',
   )
 
+  def __post_init__(self):
+    super().__post_init__()
+    if self.s_min > self.s_max:
+      raise ValueError(
+        f'config.sampling.s_min={self.s_min} is above config.sampling.s_max='
+        f'{self.s_max}, so that no level has noise: use s_churn=0 for that.'
+      )
+
   def plan(self, sde: sde_lib.SDE, t: Float[np.ndarray, ' N']) -> Plan:
     alpha, sigma, lam = _levels(sde, t)
     ratio = sigma / alpha

@@ -137,3 +137,26 @@ def test_the_section_chooses_the_extractor(monkeypatch, tmp_path):
   section.inception_path = ''
   extract_lib.extractor(section)
   assert paths == ['file', None]
+
+
+@pytest.mark.parametrize(
+  ('outputs', 'message'),
+  [
+    (lambda n: np.full((n, 2), np.nan), 'returned pool_3 that are not finite'),
+    (lambda n: np.full((n, 2), 'a'), 'returned pool_3 that are not finite'),
+    (lambda n: {'logits': np.ones((n, 2))}, "a dict with that as 'pool_3'"),
+    (lambda n: np.ones(n), 'of shape'),
+  ],
+)
+def test_outputs_that_no_metric_can_use(outputs, message, images):
+  with pytest.raises(ValueError, match=message):
+    extract_lib.outputs_of(images, lambda images: outputs(len(images)))
+
+
+def test_how_to_get_logits(tmp_path, monkeypatch, extract):
+  """Users of their own extractor are not sent to other weights."""
+  (tmp_path / 'their_net.py').write_text('def net(images):\n  return images\n')
+  monkeypatch.syspath_prepend(tmp_path)
+  hint = extract_lib.find_extractor('their_net:net').logits_hint
+  assert 'their_net:net' in hint and 'pytorch' not in hint
+  assert 'config.eval.inception_path' in extract.logits_hint

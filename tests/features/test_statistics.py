@@ -195,3 +195,12 @@ def test_a_wrong_reference_is_an_error_not_a_number(images, tmp_path):
   np.savez(tmp_path / 'z.npz', mu=np.array([print], object), sigma=1)
   with pytest.raises(ValueError, match=r'z\.npz is not a readable'):
     statistics.load_stats(tmp_path / 'z.npz')
+
+
+@pytest.mark.parametrize('name', ['mu', 'sigma', 'features'])
+def test_statistics_that_are_not_finite(tmp_path, name):
+  arrays = {'mu': np.zeros(2), 'sigma': np.eye(2), 'features': np.ones((3, 2))}
+  arrays[name] = arrays[name] + np.nan
+  np.savez(tmp_path / 'a.npz', **arrays)
+  with pytest.raises(ValueError, match=r'a.npz .*not all finite numbers'):
+    statistics.load_stats(tmp_path / 'a.npz')

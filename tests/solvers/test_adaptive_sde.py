@@ -83,3 +83,24 @@ def test_failure_is_reported():
   assert not run(lambda x, t: -x, max_steps=2).success
   blown = run(lambda x, t: x * sde_lib.expand(1 / (t < 0.5), x) * np.nan)
   assert not blown.success and int(blown.nfe) < 200
+
+
+@pytest.mark.parametrize(('where', 'most'), [(2.0, 2), (0.5, 400)])
+def test_a_drift_that_is_not_finite_stops(where, most):
+  """At once, if it is the first one; the time of the cause is named."""
+  found = compiled(
+    lambda x: adaptive_sde.solve_sde(
+      jax.random.key(0),
+      lambda x, t: jnp.where(sde_lib.expand(t < where, x), jnp.nan, -x),
+      lambda t: 0 * t + 1,
+      x,
+      1.0,
+      0.0,
+      rtol=1e-2,
+      atol=1e-2,
+    )
+  )(np.ones((2, 3), np.float32))
+  assert not found.success and int(found.nfe) <= most
+  want = min(where, 1.0)
+  np.testing.assert_allclose(found.not_finite_at, want, atol=1e-2)
+  assert np.isfinite(found.y).all()

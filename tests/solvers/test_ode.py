@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.integrate
 
+import sde_lib
 from solvers import ode
 
 
@@ -50,3 +51,92 @@ def test_ode_failure_is_reported():
     lambda t, y: y**2, jnp.ones(1), 0.0, 2.0, rtol=1e-5, atol=1e-5
   )
   assert not blow_up.success
+
+
+def test_a_slope_that_is_not_finite_stops_at_once():
+  """Two evaluations, not tens of thousands, and the time of the cause."""
+  for bad in (jnp.nan, jnp.inf, -jnp.inf):
+    found = jax.jit(
+      lambda bad=bad: ode.solve_ode(
+        lambda t, y: y * bad, jnp.ones(2), 0.25, 1.0, rtol=1e-5, atol=1e-5
+      )
+    )()
+    assert not found.success and int(found.nfe) == 2
+    assert float(found.not_finite_at) == 0.25
+  bad_start = ode.solve_ode(
+    lambda t, y: 0 * t * y, np.float32([1, np.nan]), 0.0, 1.0, rtol=1, atol=1
+  )
+  assert not bad_start.success and int(bad_start.nfe) == 2
+
+
+@pytest.mark.parametrize('where', [1e-5, 0.5])
+def test_a_slope_that_is_not_finite_later_on(where):
+  """Steps shrink towards the time of the cause, which is named."""
+  found = jax.jit(
+    lambda: ode.solve_ode(
+      lambda t, y: jnp.where(t > where, jnp.nan, y),
+      jnp.ones(2),
+      0.0,
+      1.0,
+      rtol=1e-4,
+      atol=1e-4,
+    )
+  )()
+  assert not found.success and int(found.nfe) < 500
+  np.testing.assert_allclose(found.not_finite_at, where, rtol=1e-3, atol=1e-6)
+  np.testing.assert_allclose(found.y, np.exp(where), rtol=1e-3)
+
+
+def test_a_trial_step_beyond_the_domain_is_no_failure():
+  """The slope after the trial step is not finite; the first step is tiny."""
+  found = jax.jit(
+    lambda: ode.solve_ode(
+      lambda t, y: jnp.where(
+        y < 1e-3, jnp.nan, -1e6 * jnp.maximum(y - 2e-3, 0)
+      ),
+      jnp.full(1, 2.1e-3),
+      0.0,
+      1e-3,
+      rtol=1e-3,
+      atol=1e-6,
+    )
+  )()
+  assert found.success and np.isnan(found.not_finite_at)
+  assert int(found.nfe) < 20_000
+
+
+def test_too_many_steps_have_no_such_cause():
+  found = _solve(1e-6, max_steps=3)
+  assert not found.success and np.isnan(found.not_finite_at)
+  assert np.isnan(_solve(1e-4).not_finite_at)
+
+
+def test_stretches_give_the_same_bits():
+  y0 = {'x': jnp.asarray([1.0, 0.5]), 'v': jnp.asarray([0.0, -1.0])}
+  options = {'rtol': 1e-4, 'atol': 1e-4}
+  state = jax.jit(lambda: ode.begin(_oscillator, y0, 0.0, 5.0, **options))()
+  proceed = jax.jit(
+    lambda state, n: ode.proceed(
+      _oscillator, state, 5.0, **options, max_steps=n
+    )
+  )
+  stretches = 0
+  while not ode.arrived_or_stuck(state, 5.0):
+    state, stretches = proceed(state, state.steps + 3), stretches + 1
+  found, whole = ode.end(state, 5.0), _solve(1e-4)
+  assert stretches > 3 and found.success
+  assert int(found.nfe) == int(whole.nfe)
+  for key in y0:
+    np.testing.assert_array_equal(found.y[key], whole.y[key])
+
+
+def test_a_sampler_that_fails_makes_no_more_stretches():
+  """With frames the solver restarts, but not after a failure."""
+  sampler = ode.ODE(rtol=1e-3, atol=1e-3)
+  found = jax.jit(
+    lambda z: sampler(
+      None, lambda x, t: x * jnp.nan, sde_lib.VPSDE(), z, frames=50
+    )
+  )(jnp.ones((2, 3)))
+  assert not found.success and float(found.not_finite_at) == 1.0
+  assert int(found.nfe) < 150

@@ -1,0 +1,465 @@
+"""What cannot work: one line that names the key or the file, nothing written.
+
+Every case is a command line, run through `main` in this process. None of them
+gets as far as compiling a network.
+"""
+
+import json
+import os
+import pathlib
+import pickle
+import shutil
+import struct
+import time
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from PIL import Image
+
+import experiment
+import main
+import run_lib
+from checkpoints import formats
+from checkpoints.workdir import Checkpoints
+from commands import trained
+from tests import golden, tiny
+
+TINY = str(pathlib.Path(__file__).with_name('tiny.py'))
+RINGS = str(pathlib.Path(__file__).parents[1] / 'configs/toy/rings_vp.py')
+TRAIN = f'--config={TINY} --mode=train --workdir=new'
+POINTS = f'--config={RINGS} --mode=train --workdir=new'
+NPZ = f'{TRAIN} --config.data.dataset=npz --config.data.path='
+FOLDER = f'{TRAIN} --config.data.dataset=folder --config.data.path='
+IMPORT = f'--config={TINY} --mode=import --workdir=new --checkpoint='
+RUN = '--workdir=run --mode='
+CONTROL = f'{RUN}sample --config.control.name='
+STATS = f'--config={TINY} --mode=stats --workdir=new --config.'
+
+# Each case is 'arguments => texts that the error contains, between |'. Paths
+# are in the folder that the fixture `world` makes.
+COMMAND_LINE = f"""
+--workdir=new => --mode is missing
+--mode=train => --workdir is missing
+--mode=train --workdir= => --workdir is missing
+--mode=trian --workdir=new => --mode=trian
+--mode= --workdir=new => --mode
+--modee=train => modee
+{TRAIN} extra => extra
+--mode=train --workdir=new => --config
+--mode=import --workdir=new => --config
+--config=none.py --mode=train --workdir=new => none.py
+--config=photos --mode=train --workdir=new => photos
+--config=text.txt --mode=train --workdir=new => text.txt
+--config=syntax.py --mode=train --workdir=new => syntax.py
+--config=empty.py --mode=train --workdir=new => empty.py|get_config
+--config=raises.py --mode=train --workdir=new => raises.py|line 2
+--config=dict.py --mode=train --workdir=new => dict.py
+--config=key.py --mode=train --workdir=new => config.training.batch_sise
+--config=text.json --mode=train --workdir=new => text.json
+--config=list.json --mode=train --workdir=new => list.json
+--config=bytes.json --mode=train --workdir=new => bytes.json
+--config=deep.json --mode=train --workdir=new => deep.json
+--config=unknown.json --mode=train --workdir=new => config.training.batch_sise
+--config=section.json --mode=train --workdir=new => config.model
+--config=empty.json --mode=train --workdir=new => config.sde.name
+--config=null.json --mode=train --workdir=new => config.optim.lr=None
+{TRAIN} --config.training.batch_sise=12 => did you mean config.training.batch
+{TRAIN} --config.lr=1 => config.optim.lr
+{TRAIN} --config.training.batch_size=many => batch_size=many
+{TRAIN} --config.training.batch_size=1.5 => batch_size=1.5
+{TRAIN} --config.training.batch_size= => config.training.batch_size
+{TRAIN} --config.data.centered=maybe => config.data.centered
+{TRAIN} --config.model.ch_mult=abc => config.model.ch_mult
+{TRAIN} --config.model.ch_mult=1.5 => config.model.ch_mult
+{TRAIN} --config.model.ch_mult=() => ch_mult=()
+{TRAIN} --num_processes=2 => --num_processes=2|--coordinator
+{TRAIN} --num_processes=0 => --num_processes
+{TRAIN} --process_id=1 => --process_id=1
+{TRAIN} --process_id=-1 => --process_id
+"""
+VALUES = f"""
+{TRAIN} --config.seed=-1 => config.seed=-1
+{TRAIN} --config.seed=4294967296 => config.seed=4294967296
+{TRAIN} --config.data.dataset=cifar => config.data.dataset='cifar'
+{TRAIN} --config.data.image_size=0 => config.data.image_size=0
+{TRAIN} --config.data.num_channels=2 => config.data.num_channels=2
+{TRAIN} --config.data.dims=-1 => config.data.dims=-1
+{TRAIN} --config.data.dims=2 => config.data.dims=2
+{POINTS} --config.data.dims=3 => data.dims=2
+{POINTS} --config.data.centered => data.centered
+{TRAIN} --config.sde.name=vpe => config.sde.name='vpe'
+{TRAIN} --config.sde.sigma_min=0 => config.sde.sigma_min=0.0
+{TRAIN} --config.sde.sigma_min=-1 => config.sde.sigma_min=-1.0
+{TRAIN} --config.sde.sigma_min=10 => sigma_min=10.0
+{TRAIN} --config.sde.sigma_max=inf => config.sde.sigma_max=inf
+{TRAIN} --config.sde.sigma_max=nan => config.sde.sigma_max=nan
+{TRAIN} --config.sde.sigma_max=1e30 => config.sde.sigma_max=1e+30
+{TRAIN} --config.sde.beta_min=1 => config.sde.beta_min
+{POINTS} --config.sde.beta_min=30 => beta_min=30.0
+{POINTS} --config.sde.beta_max=2000 => config.sde.beta_max=2000.0
+{TRAIN} --config.model.name=unet => config.model.name='unet'
+{TRAIN} --config.model.nf=0 => config.model.nf=0
+{TRAIN} --config.model.nf=1000000000 => config.model.nf=1000000000
+{TRAIN} --config.model.nf=7 => config.model.name='ncsnpp'|choose nf
+{TRAIN} --config.model.ch_mult=1,0 => config.model.ch_mult=(1, 0)
+{TRAIN} --config.model.ch_mult=1,1,1,1,1 => config.data.image_size
+{TRAIN} --config.model.num_res_blocks=0 => config.model.num_res_blocks=0
+{TRAIN} --config.model.num_res_blocks=100000 => config.model.num_res_blocks
+{TRAIN} --config.model.dropout=1 => config.model.dropout=1.0
+{TRAIN} --config.model.dropout=-0.1 => config.model.dropout=-0.1
+{TRAIN} --config.model.fir_kernel=1,-3 => config.model.fir_kernel=(1, -3)
+{TRAIN} --config.model.fir_kernel=() => fir_kernel=()
+{TRAIN} --config.model.num_layers=2 => config.model.num_layers
+{TRAIN} --config.model.conditioning=smld_label => training.num_scales
+{TRAIN} --config.model.num_labels=3 => config.model.num_labels=3
+{TRAIN} --config.training.batch_size=0 => config.training.batch_size=0
+{TRAIN} --config.training.batch_size=-8 => config.training.batch_size=-8
+{TRAIN} --config.training.batch_size=9999999999 => config.training.batch_size
+{TRAIN} --config.training.grad_accumulation=3 => config.training.grad_accum
+{TRAIN} --config.training.n_iters=-1 => config.training.n_iters=-1
+{TRAIN} --config.training.num_scales=-1 => config.training.num_scales=-1
+{TRAIN} --config.training.ema_rate=1 => config.training.ema_rate=1.0
+{TRAIN} --config.training.ema_rate=1.5 => config.training.ema_rate=1.5
+{TRAIN} --config.training.ema_rate=-0.1 => config.training.ema_rate=-0.1
+{TRAIN} --config.training.n_jitted_steps=0 => config.training.n_jitted_steps=0
+{TRAIN} --config.training.n_jitted_steps=3 => config.training.n_jitted_steps=3
+{TRAIN} --config.training.eval_freq=-1 => config.training.eval_freq=-1
+{TRAIN} --config.training.eps=1 => config.training.eps=1.0
+{TRAIN} --config.training.eps=-0.1 => config.training.eps=-0.1
+{TRAIN} --config.training.eps=2 => config.training.eps=2.0
+{POINTS} --config.training.eps=0 => config.training.eps=0.0
+{POINTS} --config.training.eps=1e-46 => config.training.eps=1e-46
+{TRAIN} --config.training.times=grid => training.num_scales
+{TRAIN} --config.training.times=lognormal => sde.name='edm'
+{TRAIN} --config.training.objective=explicit => data.dataset
+{TRAIN} --config.training.weighting=none => config.training.weighting='none'
+{TRAIN} --config.training.label_dropout=1.1 => config.training.label_dropout
+{TRAIN} --config.optim.lr=-1e-3 => config.optim.lr=-0.001
+{TRAIN} --config.optim.lr=inf => config.optim.lr=inf
+{TRAIN} --config.optim.lr=nan => config.optim.lr=nan
+{TRAIN} --config.optim.beta1=1 => config.optim.beta1=1.0
+{TRAIN} --config.optim.beta2=-0.5 => config.optim.beta2=-0.5
+{TRAIN} --config.optim.eps=0 => config.optim.eps=0.0
+{TRAIN} --config.optim.warmup=-1 => config.optim.warmup=-1
+{TRAIN} --config.optim.grad_clip=-1 => config.optim.grad_clip=-1.0
+{TRAIN} --config.optim.weight_decay=-1 => config.optim.weight_decay=-1.0
+{TRAIN} --config.sampling.method=euler => config.sampling.method='euler'
+{TRAIN} --config.sampling.eps=0 => config.sampling.eps=0.0
+{TRAIN} --config.sampling.eps=1 => config.sampling.eps=1.0
+{TRAIN} --config.sampling.eps=2 => config.sampling.eps=2.0
+{TRAIN} --config.sampling.eps=-0.1 => config.sampling.eps=-0.1
+{POINTS} --config.sampling.eps=1e-46 => config.sampling.eps=1e-46
+{TRAIN} --config.sampling.num_steps=0 => config.sampling.num_steps=0
+{TRAIN} --config.sampling.num_steps=999999999 => config.sampling.num_steps
+{TRAIN} --config.sampling.eps=0.99999999 => sampling.eps=0.99999999
+{POINTS} --config.sampling.num_steps=5 => sampling.num_steps
+{TRAIN} --config.sampling.snr=-0.1 => config.sampling.snr=-0.1
+{TRAIN} --config.sampling.corrector_steps=0 => config.sampling.corrector_steps
+{TRAIN} --config.sampling.rtol=0 => config.sampling.rtol=0.0
+{TRAIN} --config.sampling.atol=-1 => config.sampling.atol=-1.0
+{TRAIN} --config.sampling.rho=0 => config.sampling.rho=0.0
+{TRAIN} --config.sampling.order=4 => config.sampling.order=4
+{TRAIN} --config.sampling.num_samples=0 => config.sampling.num_samples=0
+{TRAIN} --config.sampling.num_samples=-3 => config.sampling.num_samples=-3
+{TRAIN} --config.sampling.frames=1 => sampling.frames=1
+{TRAIN} --config.sampling.frames=9 => sampling.frames=9
+{TRAIN} --config.sampling.method=heun --config.sampling.s_min=60 => sampling.s_m
+{TRAIN} --config.control.factor=0 => config.control.factor=0
+{TRAIN} --config.control.repeats=0 => config.control.repeats=0
+{TRAIN} --config.control.width=inf => config.control.width=inf
+{TRAIN} --config.control.known=1 => config.control.known=1.0
+{TRAIN} --config.eval.batch_size=0 => config.eval.batch_size=0
+{TRAIN} --config.eval.bpd_eps=0 => config.eval.bpd_eps=0.0
+{TRAIN} --config.eval.bpd_eps=1 => config.eval.bpd_eps=1.0
+{TRAIN} --config.eval.bpd_trace=exct => config.eval.bpd_trace='exct'
+{TRAIN} --config.eval.num_samples=0 => config.eval.num_samples=0
+"""
+DATA = f"""
+{NPZ} => data.path
+{NPZ}none.npz => none.npz
+{NPZ}text.txt => text.txt
+{NPZ}empty_file.npz => empty_file.npz
+{NPZ}cut.npz => cut.npz
+{NPZ}pickled.npz => pickled.npz
+{NPZ}names.npz => names.npz
+{NPZ}flat.npz => flat.npz
+{NPZ}range.npz => range.npz
+{NPZ}nan.npz => nan.npz
+{NPZ}channels.npz => channels.npz
+{NPZ}labels.npz => labels.npz
+{NPZ}one.npz => data.path
+{NPZ}none_in_it.npz => none_in_it.npz
+{NPZ}photos => photos
+{FOLDER} => data.path
+{FOLDER}none => none
+{FOLDER}text.txt => text.txt
+{FOLDER}empty => empty
+{FOLDER}one => one
+{FOLDER}damaged => 1.png
+{FOLDER}deep => 1.png
+{TRAIN} --config.data.dataset=cifar10 --config.data.path=photos => photos
+{STATS}eval.extractor=none => config.eval.extractor='none'
+{STATS}eval.extractor=os:none => config.eval.extractor='os:none'
+{STATS}eval.inception_path=none.pth => none.pth
+{STATS}eval.inception_path=text.txt => text.txt
+{STATS}eval.inception_path=pickled.npz => pickled.npz
+{RUN}eval --samples=none => none
+{RUN}eval --samples=empty => empty
+{RUN}eval --samples=text.txt => text.txt
+{RUN}eval --samples=large => 0.png|data.image_size
+"""
+CHECKPOINTS = f"""
+{IMPORT} => --checkpoint
+{IMPORT}none => none
+{IMPORT}photos => photos
+{IMPORT}text.txt => text.txt
+{IMPORT}empty_file.npz => empty_file.npz
+{IMPORT}other => other
+{IMPORT}cut => cut
+{IMPORT}hostile.pth => hostile.pth
+{IMPORT}other.pth => other.pth
+{IMPORT}cut.pth => cut.pth
+{IMPORT}cut.safetensors => cut.safetensors
+{IMPORT}other.safetensors => other.safetensors
+--config={TINY} --mode=import --workdir=run --checkpoint=other => run
+--config={TINY} --mode=import --workdir=text.txt --checkpoint=other => text.txt
+{RUN}export => --output
+{RUN}export --output=out => diffusers
+"""
+WORKDIRS = f"""
+--workdir=new --mode=sample => new/config.json
+--workdir=new --mode=eval => new/config.json
+--workdir=photos --mode=sample => photos/config.json
+--workdir=damaged_config --mode=sample => damaged_config/config.json
+--workdir=list_config --mode=sample => list_config/config.json
+--workdir=bytes_config --mode=sample => bytes_config/config.json
+--workdir=damaged_config --config={TINY} --mode=train => damaged_config/config
+--workdir=text.txt --config={TINY} --mode=train => text.txt
+--workdir=text.txt/run --config={TINY} --mode=train => text.txt
+--workdir=text.txt --mode=sample => text.txt
+--workdir=untrained --mode=sample => untrained/checkpoints
+--workdir=untrained --mode=eval => untrained/checkpoints
+--workdir=untrained --mode=encode => untrained/checkpoints
+--workdir=damaged_run --mode=sample => damaged_run/checkpoints/4
+--workdir=run --config={TINY} --mode=train --config.model.nf=16 => config.model
+{RUN}sample --config.model.nf=16 => config.model.nf=8
+{RUN}sample --config.sde.sigma_max=20 => config.sde.sigma_max=10.0
+{RUN}sample --config.eval.checkpoint=5 => 5
+{RUN}sample --config.eval.checkpoint=lst => config.eval.checkpoint='lst'
+{RUN}sample --config.eval.checkpoint=5:9 => 5:9
+{RUN}eval --config.eval.checkpoint=-1 => -1
+{CONTROL}labels => config.control.name='labels'
+{CONTROL}classifier => classifier_workdir
+{CONTROL}colorize => config.data.num_channels
+{CONTROL}super_resolution --config.control.factor=3 => config.control.factor=3
+{CONTROL}inpaint --config.control.mask=none.png => none.png
+{CONTROL}inpaint --config.control.images=none => none
+{CONTROL}deblur => config.control.method
+{CONTROL}inpaint --config.control.method=dps => config.control.noise_std
+{RUN}encode --config.sampling.num_samples=0 => config.sampling.num_samples=0
+"""
+
+
+def cases(table):
+  """Return pytest's parameters of a table."""
+  lines = filter(None, table.splitlines())
+  pairs = (line.split(' => ') for line in lines)
+  return [
+    pytest.param(given, texts, id=given.replace(TINY, '').removeprefix('--'))
+    for given, texts in pairs
+  ]
+
+
+TABLES = {
+  'command_line': COMMAND_LINE,
+  'values': VALUES,
+  'data': DATA,
+  'checkpoints': CHECKPOINTS,
+  'workdirs': WORKDIRS,
+}
+
+
+def _write_configs(folder):
+  tiny_json = experiment.json_of(tiny.get_config())
+  write = lambda name, text: (folder / name).write_text(text)
+  write('text.txt', 'no config, no data, no weights')
+  write('syntax.py', 'def get_config(:\n')
+  write('empty.py', '')
+  write('raises.py', 'def get_config():\n  return 1 / 0\n')
+  write('dict.py', 'def get_config():\n  return {"seed": 1}\n')
+  write(
+    'key.py',
+    'from configs.base import compose\n'
+    'def get_config():\n  return compose({"training.batch_sise": 1})\n',
+  )
+  write('text.json', '{"seed": 1')
+  write('list.json', '[1, 2]')
+  write('deep.json', '[' * 5000)
+  (folder / 'bytes.json').write_bytes(b'\xff\xfe{"seed": 1}')
+  write('unknown.json', json.dumps({'training': {'batch_sise': 1}}))
+  write('section.json', json.dumps(tiny_json | {'model': 3}))
+  write('empty.json', '{}')
+  write('null.json', json.dumps(tiny_json | {'optim': {'lr': None}}))
+
+
+def _save_image(path, size=8, seed=0):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  rng = np.random.default_rng(seed)
+  pixels = rng.integers(0, 256, (size, size), dtype=np.uint8)
+  Image.fromarray(pixels).save(path)
+
+
+def _write_data(folder):
+  images = np.zeros((4, 8, 8, 1), np.uint8)
+  save = lambda name, **arrays: np.savez(folder / f'{name}.npz', **arrays)
+  (folder / 'empty_file.npz').write_bytes(b'')
+  save('whole', images=images)
+  whole = (folder / 'whole.npz').read_bytes()
+  (folder / 'cut.npz').write_bytes(whole[: len(whole) // 2])
+  save('pickled', images=np.array([{}], object))
+  save('names', pictures=images)
+  save('flat', images=images.reshape(4, -1))
+  save('range', images=images + 300.0)
+  save('nan', images=images + np.nan)
+  save('channels', images=np.zeros((4, 8, 8, 3), np.uint8))
+  save('labels', images=images, labels=np.zeros(3, int))
+  save('one', images=images[:1])
+  save('none_in_it', images=images[:0])
+  (folder / 'empty').mkdir()
+  _save_image(folder / 'one' / '0.png')
+  for name in ('photos', 'damaged', 'deep'):
+    for i in range(3):
+      _save_image(folder / name / f'{i}.png', seed=i)
+  path = folder / 'damaged' / '1.png'
+  path.write_bytes(path.read_bytes()[:60])
+  deep = Image.fromarray(np.full((8, 8), 40_000, np.uint16))
+  deep.save(folder / 'deep' / '1.png')
+  for i in range(3):
+    _save_image(folder / 'large' / f'{i}.png', size=9)
+
+
+def _write_checkpoints(folder):
+  class Hostile:
+    def __reduce__(self):
+      return os.mkdir, (str(folder / 'trace'),)
+
+  shutil.copy(golden.DATA / 'released_jax.checkpoint', folder / 'other')
+  shutil.copy(golden.DATA / 'released_torch.pth', folder / 'other.pth')
+  formats.export(folder / 'other.safetensors', '{}', {'a': np.zeros(3)})
+  for name in ('cut', 'cut.pth', 'cut.safetensors'):
+    data = (folder / name.replace('cut', 'other')).read_bytes()
+    (folder / name).write_bytes(data[: len(data) // 2])
+  (folder / 'hostile.pth').write_bytes(pickle.dumps({'a': Hostile()}, 2))
+
+
+def _write_workdirs(folder):
+  model = experiment.build(tiny.get_config())
+  init, _ = run_lib.make_init(model, trained.make_layout())
+  zeros = jax.tree.map(
+    lambda v: jax.numpy.zeros(v.shape, v.dtype),
+    jax.eval_shape(init, model.abstract_params()),
+  )
+  experiment.claim(model.config, folder / 'run')
+  with Checkpoints(folder / 'run', keep_every=0) as saved:
+    saved.save(4, run_lib.without_ema(zeros), zeros.ema, loss=1.0)
+    saved.wait()
+  shutil.copytree(folder / 'run', folder / 'damaged_run')
+  for path in (folder / 'damaged_run').rglob('*'):
+    if path.is_file() and path.parts[-2] == 'd':
+      path.write_bytes(b'damaged')
+  experiment.claim(model.config, folder / 'untrained')
+  text = (folder / 'untrained' / 'config.json').read_bytes()
+  for name, content in (
+    ('damaged', text[:100]),
+    ('list', b'[1, 2]'),
+    ('bytes', struct.pack('8d', *range(8))),
+  ):
+    (folder / f'{name}_config').mkdir()
+    (folder / f'{name}_config' / 'config.json').write_bytes(content)
+
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+  """Return a folder of files that are in some way bad, and a run."""
+  folder = tmp_path_factory.mktemp('world')
+  _write_configs(folder)
+  _write_data(folder)
+  _write_checkpoints(folder)
+  _write_workdirs(folder)
+  return folder
+
+
+def contents(folder):
+  """Return {path: size and time of change} of all files and folders."""
+  return {
+    path: None if path.is_dir() else (path.stat().st_size, path.stat().st_mtime)
+    for path in folder.rglob('*')
+  }
+
+
+@pytest.fixture
+def error_of(world, monkeypatch, tmp_path):
+  """Return run(arguments) -> the text with which the process ends."""
+  monkeypatch.chdir(world)
+  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', tiny.CACHE)
+  monkeypatch.setenv('SCORE_SDE_CACHE', str(tmp_path / 'cache'))
+
+  def too_late(*args, **kwargs):
+    pytest.fail('The error comes after a network is compiled.')
+
+  monkeypatch.setattr(experiment.Experiment, 'init_params', too_late)
+  monkeypatch.setattr(run_lib, 'make_train_steps', too_late)
+  monkeypatch.setattr(trained.jax, 'jit', too_late)
+
+  def run(arguments):
+    flags.FLAGS.unparse_flags()
+    with pytest.raises(SystemExit) as stopped:
+      main.parse(['main.py', *arguments])
+      main.main(['main.py'])
+    return stopped.value.code
+
+  yield run
+  flags.FLAGS.unparse_flags()
+
+
+def check(world, error_of, given, texts):
+  before, begun = contents(world), time.monotonic()
+  error = error_of(given.split(' '))
+  assert isinstance(error, str) and error.startswith('error: '), error
+  assert error.count('error: ') == 1 and len(error.splitlines()) == 1
+  assert len(error) < 600
+  for text in texts.split('|'):
+    assert text in error, error
+  assert contents(world) == before
+  assert time.monotonic() - begun < 30
+
+
+@pytest.mark.parametrize(('given', 'texts'), cases(COMMAND_LINE))
+def test_command_line(world, error_of, given, texts):
+  check(world, error_of, given, texts)
+
+
+@pytest.mark.parametrize(('given', 'texts'), cases(VALUES))
+def test_values(world, error_of, given, texts):
+  check(world, error_of, given, texts)
+
+
+@pytest.mark.parametrize(('given', 'texts'), cases(DATA))
+def test_data(world, error_of, given, texts):
+  check(world, error_of, given, texts)
+
+
+@pytest.mark.parametrize(('given', 'texts'), cases(CHECKPOINTS))
+def test_checkpoints(world, error_of, given, texts):
+  check(world, error_of, given, texts)
+
+
+@pytest.mark.parametrize(('given', 'texts'), cases(WORKDIRS))
+def test_workdirs(world, error_of, given, texts):
+  check(world, error_of, given, texts)
+
+
+def test_there_are_many():
+  assert sum(len(cases(table)) for table in TABLES.values()) >= 200
