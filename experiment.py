@@ -14,6 +14,7 @@ import importlib.util
 import json
 import math
 import pathlib
+import traceback
 import warnings
 from typing import Any
 
@@ -33,11 +34,11 @@ import sampling
 import sde_lib
 from checkpoints import formats, workdir
 from configs import schema
-from data import pixels, toy
+from data import datasets, pixels, toy
 from models import score
 from runtime import options
+from solvers import ode
 from solvers.base import Sampler, Samples
-from solvers.ode import ODE, OdeSolution
 
 # uint8 images [B, H, W, C], or float points [B, D].
 Data = Shaped[ArrayLike, ' B *dims']
@@ -228,7 +229,8 @@ class Experiment:
     Samples (and frames) are in [0, 1], except where they fall outside it. z
     [B, ...] is the state at t = 1, drawn from the prior if it is None. A
     network that is told classes, without `guide`, is guided to the classes
-    `label` [B] by config.control.scale; without `label`, to random ones.
+    `label` [B] by config.control.scale; without `label`, to random ones. The
+    samples hold them as `label`.
 
     Args:
       batch_size: B.
@@ -263,7 +265,9 @@ class Experiment:
         score_fn = guide(score_fn, sde, **given)
       found = self.sampler(rng, score_fn, sde, z, frames=frames)
       return found._replace(
-        x=self._to_unit(found.x), frames=self._to_unit(found.frames)
+        x=self._to_unit(found.x),
+        frames=self._to_unit(found.frames),
+        label=given.get('label'),
       )
 
     return sample
@@ -305,6 +309,17 @@ class Experiment:
       rng: key for the dequantisation and the probes.
       image: uint8 [B, H, W, C], or float points [B, D].
     """
+    bits, error, found = self.bits_so_far(params, rng, image)
+    return bits, error, found.nfe, found.success
+
+  def bits_so_far(
+    self, params, rng, image, state=None, max_steps=ode.MAX_STEPS
+  ):
+    """Return (bits/dim [B], standard errors [B], `likelihood.Likelihood`).
+
+    It is `bits_per_dim` in stretches; for `state` and `max_steps` see
+    `likelihood.log_likelihood`. The other arguments stay the same.
+    """
     data, chosen = self.config.data, self.config.eval
     rng_data, rng_probe = jax.random.split(rng)
     x = self._model_input(rng_data, image, dequantize=True)
@@ -320,22 +335,24 @@ class Experiment:
       eps=chosen.bpd_eps,
       rtol=self.config.sampling.rtol,
       atol=self.config.sampling.atol,
+      state=state,
+      max_steps=max_steps,
     )
     dims = x[0].size
     width = 256 if data.dims else 2 if data.centered else 1
     bits = likelihood.bits_per_dim(found.logp, dims, data_width=width)
     error = found.std_error / likelihood.nats_per_bit(dims)
-    return bits, error, found.nfe, found.success
+    return bits, error, found
 
   @property
-  def flow(self) -> ODE:
+  def flow(self) -> ode.ODE:
     """The probability-flow ODE as a sampler, without denoising at its end."""
     chosen = self.config.sampling
-    return ODE(
+    return ode.ODE(
       eps=chosen.eps, rtol=chosen.rtol, atol=chosen.atol, final_denoise=False
     )
 
-  def encode(self, params: PyTree, image: Data) -> OdeSolution:
+  def encode(self, params: PyTree, image: Data) -> ode.OdeSolution:
     """Return an OdeSolution whose y are latent codes at t = 1, [B, ...].
 
     The images are put at t = sampling.eps, where `decode` ends.
@@ -383,6 +400,7 @@ def build(config) -> Experiment:
   for line in schema.unused(config):
     warnings.warn(line, stacklevel=2)
   data, num_scales = config.data, config.training.num_scales
+  datasets.Data(**data)
   owned = {'num_scales': num_scales, 'centered': data.centered}
   sde = options.build(sde_lib.SDES, config.sde, 'sde.name', **owned)
   owned['data_width'] = 2.0 if data.centered else 1.0
@@ -421,7 +439,9 @@ def _check(model):
   """Raise ValueError for what single keys cannot tell."""
   config, training = model.config, model.config.training
   model.loss_fn.check(model.sde)
-  model.abstract_params()  # Traces the network.
+  _check_network(config)
+  _trace_network(model)
+  _check_times(model)
   if model.is_classifier:
     for section, key in (
       ('training', 'snapshot_sampling'),
@@ -453,6 +473,81 @@ def _check(model):
       )
 
 
+def _check_network(config):
+  """Check keys of config.model against those of other sections."""
+  chosen, num_scales = config.model, config.training.num_scales
+  if chosen.get('num_classes', num_scales) != num_scales:
+    raise ValueError(
+      f'config.model.num_classes={chosen.num_classes} needs to equal '
+      f'config.training.num_scales={num_scales}: the network has parameters '
+      'for each noise level.'
+    )
+  if 'attn_resolutions' in chosen and 'ch_mult' in chosen:
+    sizes = [config.data.image_size >> i for i in range(len(chosen.ch_mult))]
+    idle = [size for size in chosen.attn_resolutions if size not in sizes]
+    if idle:
+      warnings.warn(
+        f'config.model.attn_resolutions={tuple(chosen.attn_resolutions)} has '
+        f'no effect at {", ".join(map(str, idle))}: the network has the '
+        f'resolutions {", ".join(map(str, sizes))}.',
+        stacklevel=4,
+      )
+
+
+def _trace_network(model):
+  """Check that the network takes data of the shape of config.data."""
+  try:
+    model.abstract_params()
+  except Exception as error:  # Layers can raise any type.
+    key = 'dims' if model.config.data.dims else 'image_size'
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    raise ValueError(
+      f'config.model.name={model.config.model.name!r} cannot take data of '
+      f'config.data.{key}={model.config.data[key]}: {reason:.300}'
+    ) from error
+
+
+def _check_times(model):
+  """Check that the process is defined, in float32, at all times in use."""
+  config, name = model.config, type(model.sde).__name__
+  values = dict(schema.leaves(config))
+
+  def finite(sde, t, weighting=None):
+    """Return whether score and loss have finite scales at t."""
+    t = jnp.float32(t)
+    _, sigma = sde.marginal(t)
+    values = [1 / sigma, sigma**2, sde.log_snr(t), *sde.coefficients(t)]
+    if weighting is not None:
+      values.append(weighting(sde, t) / sigma**2)
+    return bool(np.isfinite(values).all())
+
+  if not finite(model.sde, 1.0):
+    section = ', '.join(f'config.sde.{k}={v!r}' for k, v in config.sde.items())
+    raise ValueError(
+      f'The process {name} has no finite signal-to-noise ratio at t = 1 '
+      f'({section}): use less noise.'
+    )
+  weighting = getattr(model.loss_fn, 'weighting', None)
+  smallest = [('training.eps', model.sde, model.loss_fn.smallest, weighting)]
+  if model.sampler is not None:
+    sampler, sde = model.sampler, model.sde
+    levels = getattr(sampler, 'levels', lambda sde: 0)
+    sde = sde.continuous if sampler.continuous else sde
+    last = 0.0 if levels(sde) else sampler.eps
+    smallest += [
+      ('sampling.eps', sde, last, None),
+      ('eval.bpd_eps', model.sde.continuous, config.eval.bpd_eps, None),
+    ]
+  for path, sde, t, weighting in smallest:
+    if not finite(sde, t, weighting):
+      raise ValueError(
+        f'config.{path}={values[path]!r} does not suit the '
+        f'process {name}: at t = {t:g}, the smallest time, its noise is too '
+        f'small for float32. The default is '
+        f'{schema.KEYS[path].option.default!r}.'
+      )
+
+
 def check_labels(model, dataset):
   """Raise ValueError unless the network has the classes of a data set."""
   key = 'num_outputs' if model.is_classifier else 'num_labels'
@@ -462,6 +557,52 @@ def check_labels(model, dataset):
       f'config.model.{key}={wanted}, but {dataset.name} has '
       f'{dataset.num_classes} classes.'
     )
+
+
+# ------------------------------------------------------------------- samples
+
+
+def why_failed(what: str, not_finite_at, keys) -> str:
+  """Return the text of an error about an adaptive solver, with its cause.
+
+  Args:
+    what: what did not happen.
+    not_finite_at: of the solver's result.
+    keys: dotted keys of the tolerances.
+  """
+  if np.isfinite(not_finite_at):
+    return (
+      f'{what}: the score is not finite at t = {float(not_finite_at):.4g}. The '
+      'weights, or the range of config.sde, are wrong there; another tolerance '
+      'does not help.'
+    )
+  return f'{what}; larger {" and ".join(keys)} may help.'
+
+
+def check_samples(config, samples: Samples, largest: float):
+  """Raise FloatingPointError for samples that cannot be used.
+
+  Args:
+    config: a ConfigDict.
+    samples: what a sampler returned.
+    largest: absolute value that samples must be below.
+  """
+  if not samples.success:
+    chosen = schema.chosen_keys(config)
+    keys = [
+      f'config.{path}'
+      for path in schema.marked(config, 'cost')
+      if path.endswith('tol') and path in chosen
+    ]
+    what = f'The solver {config.sampling.method!r} did not reach t = eps'
+    raise FloatingPointError(why_failed(what, samples.not_finite_at, keys))
+  for shard in samples.x.addressable_shards:
+    if not np.all(np.abs(np.asarray(shard.data)) < largest):  # Nor is NaN.
+      raise FloatingPointError(
+        f'Samples diverged (values of {largest:g} or more, or not a number): '
+        'use more config.sampling.num_steps or, with a control, a lower '
+        'config.control.scale or a higher config.control.ramp or noise_std.'
+      )
 
 
 # ------------------------------------------------------------------- loading
@@ -482,12 +623,32 @@ def load_config(path) -> ml_collections.ConfigDict:
   if path.suffix == '.json':
     try:
       return schema.from_dict(json.loads(path.read_text()))
-    except (json.JSONDecodeError, AttributeError) as error:
+    except (ValueError, RecursionError) as error:
       raise ValueError(f'{path} is no config: {error}') from None
+  if path.suffix != '.py':
+    raise ValueError(f'{path} is no config: it ends neither in .py nor .json.')
   spec = importlib.util.spec_from_file_location(path.stem, path)
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config()
+  try:
+    spec.loader.exec_module(module)
+    config = module.get_config()
+  except Exception as error:  # It is a program of the user.
+    frames = traceback.extract_tb(error.__traceback__)
+    line = next(
+      (f.lineno for f in frames[::-1] if f.filename == spec.origin),
+      getattr(error, 'lineno', None),
+    )
+    text = error.args[0] if isinstance(error, KeyError) else error
+    where = f', line {line}' if line else ''
+    raise ValueError(
+      f'{path}{where}: {type(error).__name__}: {text}'
+    ) from error
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise ValueError(
+      f'{path}: get_config() needs to return a ConfigDict, not a '
+      f'{type(config).__name__}.'
+    )
+  return config
 
 
 def json_of(config) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import experiment
 import run_lib
 from commands import control, encode, evaluate, exchange, sample, stats
 from configs import schema
-from runtime.files import cache_dir
+from runtime.files import cache_dir, make_cache_dir
 
 FLAGS = flags.FLAGS
 MODES = {
@@ -34,15 +34,29 @@ MODES = {
   ),
   'export': lambda config: exchange.export(config, FLAGS.workdir, FLAGS.output),
 }
-flags.DEFINE_string(
-  'config', '', "A file of configs/, or a run's config.json; '' for workdir's."
+
+
+class _PathParser(flags.ArgumentParser):
+  """Parses a path; ~ is the home folder, which no shell sees in --flag=~/x."""
+
+  def parse(self, argument):
+    return os.path.expanduser(argument)
+
+
+def _define_path(name, meaning, default=''):
+  serializer = flags.ArgumentSerializer()
+  flags.DEFINE(_PathParser(), name, default, meaning, FLAGS, serializer)
+
+
+_define_path(
+  'config', "A file of configs/, or a run's config.json; '' for workdir's."
 )
-flags.DEFINE_string('workdir', '', 'Folder of the run.')
+_define_path('workdir', 'Folder of the run.')
 flags.DEFINE_enum('mode', None, MODES, 'What to do.')
-flags.DEFINE_string('eval_folder', 'eval', 'Folder of results in workdir.')
-flags.DEFINE_string('samples', '', 'Evaluate this .npz or folder of images.')
-flags.DEFINE_string('checkpoint', '', 'Released checkpoint to import.')
-flags.DEFINE_string('output', '', 'FILE.safetensors, or folder for diffusers.')
+_define_path('eval_folder', 'Folder of results in workdir.', 'eval')
+_define_path('samples', 'Evaluate this .npz or folder of images.')
+_define_path('checkpoint', 'Released checkpoint to import.')
+_define_path('output', 'FILE.safetensors, or folder for diffusers.')
 flags.DEFINE_string('coordinator', '', 'HOST:PORT of process 0, if several.')
 flags.DEFINE_integer('num_processes', 1, 'Number of processes.')
 flags.DEFINE_integer('process_id', 0, 'Number of this process, from 0.')
@@ -111,6 +125,7 @@ def read_config():
 
 def configure_jax():
   """Keep compiled programs, and let hosts find each other."""
+  make_cache_dir()
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     jax.config.update('jax_compilation_cache_dir', str(cache_dir() / 'jax'))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
@@ -123,6 +138,21 @@ def configure_jax():
     jax.distributed.initialize()  # srun tells all that is needed.
 
 
+def _check_processes():
+  """Raise flags.Error for numbers of processes that cannot be."""
+  number, count = FLAGS.process_id, FLAGS.num_processes
+  if count < 1 or not 0 <= number < count:
+    raise flags.Error(
+      f'--process_id={number} needs to be from 0 to --num_processes={count} '
+      'less 1.'
+    )
+  if count > 1 and not FLAGS.coordinator:
+    raise flags.Error(
+      f'--num_processes={count} needs --coordinator HOST:PORT, or each process '
+      'works alone.'
+    )
+
+
 def parse(argv):
   """Parse the command line once; exit with one line if it is wrong."""
   try:
@@ -133,6 +163,7 @@ def parse(argv):
       for name in ('mode', 'workdir'):
         if not FLAGS[name].value:
           raise flags.Error(f'--{name} is missing; see --help.')
+      _check_processes()
   except flags.Error as error:
     unknown = getattr(error, 'flagname', '')
     if unknown.startswith('config.'):
@@ -150,6 +181,8 @@ def main(argv):
   try:
     configure_jax()
     MODES[FLAGS.mode](read_config())
+  except KeyboardInterrupt:
+    sys.exit('error: Stopped by SIGINT; what was written stays.')
   except (ValueError, KeyError, OSError, FloatingPointError) as error:
     text = error.args[0] if isinstance(error, KeyError) else error
     sys.exit(f'error: {text}')

@@ -10,8 +10,10 @@ import collections
 import contextlib
 import dataclasses
 import math
+import os
 import pathlib
 import signal
+import threading
 import time
 import typing
 from collections.abc import Callable
@@ -26,15 +28,18 @@ import experiment
 import losses
 from checkpoints.workdir import Checkpoints
 from data import batches as batching
-from data import datasets
+from data import datasets, record
 from reporting import pictures
 from runtime.devices import (
   Layout,
   check_divisible,
+  largest,
   make_layout,
+  on_first_host,
   replicated,
   to_global,
 )
+from runtime.locks import lock
 from runtime.progress import Log, Progress, say
 
 # Images of the test set whose loss is logged in training, with fixed noise.
@@ -295,7 +300,7 @@ class Moment:
     state: the TrainState; do not keep it, its buffers are donated.
     losses: losses of the steps of this call, [n].
     first: whether it is the first call of this process.
-    stopping: whether SIGTERM was received.
+    stopping: name of the signal that stops the run, or ''.
     finished: whether it is the last call.
     scalars: {name: number} to be logged; hooks add to it.
   """
@@ -304,7 +309,7 @@ class Moment:
   state: TrainState
   losses: Float[np.ndarray, ' n']
   first: bool
-  stopping: bool
+  stopping: str
   finished: bool
   scalars: dict[str, float] = dataclasses.field(default_factory=dict)
 
@@ -344,6 +349,21 @@ def watch_loss(training, saved, begun) -> Hook:
         seconds = time.monotonic() - clock
         now.scalars['images_per_second'] = taken / seconds
       clock, clock_step = time.monotonic(), now.step
+
+  return hook
+
+
+def claim_workdir(config, workdir, data) -> Hook:
+  """Return a hook that makes the workdir that of a config and of `data`.
+
+  It does so after the first step, before anything else is written: a run that
+  could not begin leaves the workdir to another.
+  """
+
+  def hook(now):
+    if now.first:
+      on_first_host(experiment.claim, config, workdir)
+      on_first_host(record.write, workdir, *data)
 
   return hook
 
@@ -397,7 +417,7 @@ def save_checkpoint(training, saved) -> Hook:
       )
     if now.stopping:
       saved.wait()
-      say(f'Stopped by SIGTERM; step {now.step} is saved.')
+      say(f'Stopped by {now.stopping}; step {now.step} is saved.')
 
   return hook
 
@@ -417,7 +437,13 @@ def draw_snapshot(model, layout, folder) -> Hook:
     due = now.due(training.snapshot_freq) or now.finished
     if not due or now.stopping:
       return
-    x = sample(now.state.ema, jax.random.key(model.config.seed)).x
+    found = sample(now.state.ema, jax.random.key(model.config.seed))
+    x = found.x
+    try:
+      experiment.check_samples(model.config, found, math.inf)
+    except FloatingPointError as error:  # Training can go on without them.
+      say(f'warning: no picture of samples at step {now.step}. {error}')
+      return
     if jax.process_index() == 0:
       path = folder / f'step_{now.step}.png'
       pictures.save_samples(path, model.to_data(x))
@@ -430,25 +456,60 @@ def draw_snapshot(model, layout, folder) -> Hook:
 
 
 class _Interrupt:
-  """Turn SIGTERM into a flag, so that a run can save and stop.
+  """Turn SIGTERM and SIGINT (Ctrl-C) into a flag: a run can save and stop.
 
-  With several hosts SIGTERM is not caught, because hosts would stop at
-  different steps: the run continues from its last checkpoint.
+  A second signal stops the process at once.
   """
 
+  SIGNALS = signal.SIGTERM, signal.SIGINT
+
   def __enter__(self):
-    self.requested = False
-    self._alone = jax.process_count() == 1
-    if self._alone:
-      self._before = signal.signal(signal.SIGTERM, self._request)
+    self._received, self._before = 0, {}
+    # Python allows handlers in the main thread only.
+    if threading.current_thread() is threading.main_thread():
+      for number in self.SIGNALS:
+        self._before[number] = signal.signal(number, self._request)
     return self
 
-  def _request(self, *_):
-    self.requested = True
+  def _request(self, number, frame):
+    del frame
+    if self._received:
+      signal.signal(number, signal.SIG_DFL)
+      os.kill(os.getpid(), number)
+    self._received = number
+    # Not `print`, which this signal may have interrupted.
+    line = f'{signal.Signals(number).name}: the run saves and stops; a second '
+    os.write(2, f'{line}signal stops it at once.\n'.encode())
+
+  def agreed(self) -> str:
+    """Return the name of a signal that any host received, or ''.
+
+    All hosts call it after the same step, and so stop at the same step.
+    """
+    number = largest(int(self._received))
+    return signal.Signals(number).name if number else ''
 
   def __exit__(self, *_):
-    if self._alone:
-      signal.signal(signal.SIGTERM, self._before)
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _own(workdir):
+  """Keep other trainings out of a workdir; leave none that is empty."""
+  if jax.process_index():
+    on_first_host(int)  # The first host holds the lock for all.
+    yield
+    return
+  fresh, held = not workdir.exists(), contextlib.ExitStack()
+  try:
+    with held:
+      on_first_host(lambda: held.enter_context(lock(workdir / 'train.lock')))
+      yield
+  finally:
+    for folder in (workdir / 'checkpoints', workdir) if fresh else ():
+      with contextlib.suppress(OSError):  # It is not empty.
+        folder.rmdir()
 
 
 def without_ema(state):
@@ -463,10 +524,16 @@ def restore_or_init(model, layout, saved):
     return place(), 0
   like = jax.eval_shape(init, model.abstract_params())
   like = replicated(like, layout)
-  ema = saved.restore(saved.last, like.ema, 'ema')
-  state = saved.restore(saved.last, without_ema(like), 'state')
-  say(f'Resuming at step {saved.last}.')
-  return TrainState(**state, ema=ema), saved.last
+
+  def restore(step):
+    ema = saved.restore(step, like.ema, 'ema')
+    return TrainState(
+      **saved.restore(step, without_ema(like), 'state'), ema=ema
+    )
+
+  step, state = saved.restore_first('last', restore)
+  say(f'Resuming at step {step}.')
+  return state, step
 
 
 def _prepare(config, workdir):
@@ -480,7 +547,11 @@ def _prepare(config, workdir):
   train_set = datasets.load(config.data, 'train')
   test_set = datasets.load(config.data, 'test')
   experiment.check_labels(model, train_set)
-  experiment.claim(config, workdir)
+  experiment.claim(config, workdir, write=False)
+  allow = training.allow_other_data
+  record.check(workdir, train_set, test_set, allow_other=allow)
+  for line in datasets.describe(train_set, test_set):
+    say(line)
   return model, train_set, test_set
 
 
@@ -497,12 +568,14 @@ def _describe(model, state, train_set):
 def train(config, workdir):
   """Train, from the last checkpoint of workdir if there is one.
 
-  Writes config.json, train.jsonl, tensorboard/, checkpoints/ and
-  samples/step_N.png in workdir. A run that is killed and started again gives
-  the same numbers as one that is not.
+  Writes config.json, trained_on.json, train.jsonl, tensorboard/, checkpoints/
+  and samples/step_N.png in workdir. A run that is killed and started again
+  gives the same numbers as one that is not. SIGTERM or SIGINT (Ctrl-C) on any
+  host saves and stops all.
 
   Raises:
     ValueError: the config, the data or the workdir cannot be used.
+    OSError: another training runs in the workdir, or the disk is full.
     FloatingPointError: a loss is not finite; checkpoints stay as they are.
   """
   begun = time.monotonic()
@@ -510,8 +583,9 @@ def train(config, workdir):
   model, train_set, test_set = _prepare(config, workdir)
   layout, end = make_layout(), training.n_iters
   with contextlib.ExitStack() as stack:
+    stack.enter_context(_own(workdir))
     saved = stack.enter_context(
-      Checkpoints(workdir, keep_every=training.snapshot_freq)
+      Checkpoints(workdir, keep_every=training.snapshot_freq, fall_back=True)
     )
     interrupt = stack.enter_context(_Interrupt())
     state, start = restore_or_init(model, layout, saved)
@@ -522,6 +596,7 @@ def train(config, workdir):
     log = stack.enter_context(Log(workdir, resumed_at=start))
     hooks = [
       watch_loss(training, saved, begun),
+      claim_workdir(config, workdir, (train_set, test_set)),
       watch_test_loss(model, layout, test_set, saved),
       write_log(log, Progress('step', end, 'steps', start=start)),
       save_checkpoint(training, saved),
@@ -538,14 +613,14 @@ def train(config, workdir):
       state, step_losses = train_steps(state, batches)
       step = before + len(batches['image'])
       # Read once: what is said at the end must be what was done here.
-      stopping = interrupt.requested
+      stopping = interrupt.agreed()
       moment = Moment(
         step=step,
         state=state,
         losses=np.asarray(step_losses),  # Waits for the devices.
         first=before == start,
         stopping=stopping,
-        finished=stopping or step == end,
+        finished=bool(stopping) or step == end,
       )
       for hook in hooks:
         hook(moment)

@@ -155,7 +155,10 @@ def exported_config(path) -> dict[str, typing.Any]:
     text = (file.metadata() or {}).get('config')
   if text is None:
     raise ValueError(f'{path} has no config: `--mode export` did not write it.')
-  return json.loads(text)
+  try:
+    return json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f'{path} has a damaged config: {error}') from None
 
 
 # ---------------------------------------------------------------- matching

@@ -7,21 +7,48 @@ is being written when the process dies is not listed afterwards; the earlier
 ones are.
 """
 
+import contextlib
 import json
+import logging
+import math
+import os
 import pathlib
+import re
+import sys
+import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from absl import logging
+from absl import logging as absl_logging
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from runtime.devices import all_hosts, barrier, largest
 from runtime.files import write_json
+from runtime.progress import say
 
-# Orbax logs a warning for every checkpoint that is opened for reading.
-logging.set_verbosity(logging.ERROR)
+# Orbax logs a warning for every checkpoint that is opened for reading, and
+# pages of tracebacks of its threads for errors that are raised here as well.
+absl_logging.set_verbosity(absl_logging.FATAL)
+logging.getLogger('asyncio').setLevel(logging.CRITICAL)
+
+
+def _leave_out_closed_loops(show):
+  """Return a hook for unraisable errors without what follows another error.
+
+  Writes that are still under way find that Orbax has closed their event loop.
+  """
+
+  def hook(unraisable):
+    if str(unraisable.exc_value) != 'Event loop is closed':
+      show(unraisable)
+
+  return hook
+
+
+sys.unraisablehook = _leave_out_closed_loops(sys.unraisablehook)
 
 
 # ----------------------------------------------------------------- config
@@ -40,9 +67,12 @@ def read_config(workdir) -> dict[str, Any]:
       f'There is no {path}: train with this --workdir first.'
     )
   try:
-    return json.loads(path.read_text())
+    config = json.loads(path.read_text())
   except ValueError as error:
     raise ValueError(f'{path} is not a readable JSON file: {error}') from None
+  if not isinstance(config, dict):
+    raise ValueError(f'{path} is damaged: it holds no config.')
+  return config
 
 
 def claim(
@@ -97,8 +127,31 @@ def _leaves(config, prefix=''):
 
 def _reason(error):
   """Return the first line of an error, shortened: Orbax's fill pages."""
+  if code := re.search(r"os_error_code='(\d+)'", str(error)):
+    return os.strerror(int(code[1]))
+  if isinstance(error, OSError) and error.strerror:
+    return error.strerror
   lines = str(error).strip().splitlines() or [type(error).__name__]
   return lines[0][:160]
+
+
+# Where damaged checkpoints are moved when training goes on, in the workdir.
+DAMAGED = 'damaged_checkpoints'
+
+
+class _PatientManager(ocp.CheckpointManager):
+  """Orbax's manager; a file of metrics that is damaged costs a warning."""
+
+  def metrics(self, step):
+    """Return the metrics of a checkpoint, or None if they are not known."""
+    try:
+      return super().metrics(step)
+    except ValueError as error:
+      say(
+        f'warning: The test loss of checkpoint {self.directory}/{step} cannot '
+        f'be read (damaged), so it is not the best: {_reason(error)}'
+      )
+      return None
 
 
 class Checkpoints:
@@ -108,55 +161,84 @@ class Checkpoints:
   that `keep_every` selects.
   """
 
-  def __init__(self, workdir, *, keep_every=None):
+  def __init__(self, workdir, *, keep_every=None, fall_back=False):
     """Open the checkpoints.
 
     Args:
       workdir: folder of the run.
       keep_every: checkpoints whose step is a multiple of this number are kept
         as well, with 0 none. None opens the checkpoints for reading only.
+      fall_back: whether a damaged checkpoint is passed over with a warning. If
+        the checkpoints are not opened for reading only, it is moved away.
 
     Raises:
       FileNotFoundError: they are opened for reading, and there are none.
-      ValueError: a file is damaged.
+      ValueError: a file is damaged, and `fall_back` is False.
     """
+    self._workdir = pathlib.Path(workdir).absolute()
     self._folder = epath.Path(workdir).absolute() / 'checkpoints'
-    policy, best = preservation_policy, lambda metrics: metrics['loss']
-    read_only = keep_every is None
-    if read_only and not self._folder.exists():
+    self._keep_every, self._fall_back = keep_every, fall_back
+    self._saving = None
+    if self._read_only and not self._folder.exists():
       raise FileNotFoundError(
         f'{self._folder} does not exist: train with this --workdir first.'
       )
-    keep = [policy.PreserveAll()]
-    if not read_only:
-      keep = [
-        policy.LatestN(2),
-        policy.BestN(get_metric_fn=best, reverse=True, n=1),
-      ]
-      if keep_every:
-        keep.append(policy.EveryNSteps(keep_every))
-    options = ocp.CheckpointManagerOptions(
-      preservation_policy=policy.AnyPreservationPolicy(keep),
-      best_fn=best,
-      best_mode='min',
-      read_only=read_only,
-      enable_async_checkpointing=not read_only,
-    )
     try:
-      self._manager = ocp.CheckpointManager(
-        self._folder, item_names=('state', 'ema'), options=options
-      )
+      self._manager = self._open()
     except ValueError as error:  # A file of metrics is incomplete.
       raise ValueError(
         f'The checkpoints in {self._folder} cannot be read (one is damaged: '
         f'move it away): {_reason(error)}'
       ) from error
 
+  @property
+  def _read_only(self):
+    return self._keep_every is None
+
+  def _open(self):
+    """Return Orbax's manager of the folder."""
+    policy, best = preservation_policy, lambda metrics: metrics['loss']
+    keep = [policy.PreserveAll()]
+    if not self._read_only:
+      keep = [
+        policy.LatestN(2),
+        policy.BestN(get_metric_fn=best, reverse=True, n=1),
+      ]
+      if self._keep_every:
+        keep.append(policy.EveryNSteps(self._keep_every))
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=policy.AnyPreservationPolicy(keep),
+      best_fn=best,
+      best_mode='min',
+      read_only=self._read_only,
+      enable_async_checkpointing=not self._read_only,
+      # What a process left that died while it saved.
+      cleanup_tmp_directories=not self._read_only,
+    )
+    manager = _PatientManager if self._fall_back else ocp.CheckpointManager
+    return manager(self._folder, item_names=('state', 'ema'), options=options)
+
+  def _move_away(self, step):
+    """Move a damaged checkpoint out of the way of the one made in its place."""
+    target = self._workdir / DAMAGED / str(step)
+    if jax.process_index() == 0:
+      target.parent.mkdir(exist_ok=True)
+      while target.exists():
+        target = target.with_name(f'{target.name}_')
+      os.replace(self._folder / str(step), target)
+      say(f'warning: It was moved to {target}.')
+    barrier(f'moved_{step}')
+
   def __enter__(self):
     return self
 
-  def __exit__(self, *_):
-    self._manager.close()
+  def __exit__(self, kind, *_):
+    with self._named_errors():
+      try:
+        self._manager.close()
+      except Exception:
+        if kind is None:  # Else an earlier error is being raised.
+          raise
 
   @property
   def steps(self):
@@ -171,8 +253,21 @@ class Checkpoints:
   @property
   def best(self):
     """The step with the smallest test loss, else the last step."""
-    step = self._manager.best_step()
-    return self.last if step is None else step
+    return next(iter(self._preferred('best')), None)
+
+  def _preferred(self, which):
+    """Return the steps that `which` selects, those to be read first first."""
+    if which != 'best':
+      return self.select('all' if which == 'last' else which)[::-1]
+    path = lambda step: (
+      pathlib.Path(self._folder) / str(step) / 'metrics' / 'metrics'
+    )
+    losses = {step: _loss_in(path(step)) for step in self.steps}
+    last_first = sorted(losses, reverse=True)
+    return sorted(
+      last_first,
+      key=lambda step: math.inf if losses[step] is None else losses[step],
+    )
 
   def select(self, which):
     """Return the steps that a value of `config.eval.checkpoint` selects.
@@ -220,18 +315,40 @@ class Checkpoints:
       ema: averaged parameters, a pytree of arrays.
       loss: test loss, by which the best checkpoint is chosen.
     """
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state), ema=ocp.args.StandardSave(ema)
-      ),
-      metrics=None if loss is None else {'loss': float(loss)},
-      force=True,
-    )
+    with self._named_errors():
+      self.wait()
+      self._saving = step
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state), ema=ocp.args.StandardSave(ema)
+        ),
+        metrics=None if loss is None else {'loss': float(loss)},
+        force=True,
+      )
 
   def wait(self):
     """Wait until everything that was saved is on disk."""
-    self._manager.wait_until_finished()
+    with self._named_errors():
+      self._manager.wait_until_finished()
+
+  @contextlib.contextmanager
+  def _named_errors(self):
+    """Say in one line which checkpoint could not be saved, and why.
+
+    Orbax raises many types, from threads, when it saves or waits.
+    """
+    try:
+      yield
+    except SaveError:
+      raise
+    except Exception as error:
+      with contextlib.suppress(Exception):
+        self._manager.reload()
+      raise SaveError(
+        f'Checkpoint {self._folder}/{self._saving} could not be saved: '
+        f'{_reason(error)}. The last complete checkpoint is {self.last}.'
+      ) from error
 
   def restore(self, step, like, item):
     """Return one item of a checkpoint, a pytree of arrays.
@@ -242,16 +359,115 @@ class Checkpoints:
       item: 'state' or 'ema'.
 
     Raises:
+      FileNotFoundError: the checkpoint was removed, as training does with old
+        ones.
       ValueError: the checkpoint is damaged, or belongs to another network.
     """
     try:
       args = ocp.args.Composite(**{item: ocp.args.StandardRestore(like)})
       return self._manager.restore(step, args=args)[item]
     except Exception as error:  # Orbax raises many types for damaged files.
+      if self._is_removed(step):
+        raise FileNotFoundError(
+          f'Checkpoint {self._folder}/{step} is no longer there: training has '
+          'removed it.'
+        ) from error
       raise ValueError(
         f'Checkpoint {self._folder}/{step} cannot be read (damaged, or of '
         f'another network): {_reason(error)}'
       ) from error
+
+  def _is_removed(self, step):
+    """Whether a checkpoint that could not be read was removed meanwhile."""
+    for _ in range(10):
+      if not (self._folder / str(step) / '_CHECKPOINT_METADATA').exists():
+        return True
+      time.sleep(0.05)  # Its files are removed one after the other.
+    return False
+
+  def restore_first(self, which, restore):
+    """Return (step, restore(step)) of the step that `which` names.
+
+    Of several it is the last; of 'best', that with the smallest test loss. One
+    that training removes meanwhile is chosen again. With `fall_back`, a damaged
+    one is passed over with a warning.
+
+    Args:
+      which: see `select`.
+      restore: restore(step) -> anything, which calls the method `restore`.
+
+    Raises:
+      FileNotFoundError, ValueError: there is none, or none can be read; it says
+        why the first could not.
+    """
+    failed = {}
+    while steps := [s for s in self._preferred(which) if s not in failed]:
+      # All hosts take the same, though they may see the folder change.
+      step = -largest(-steps[0])
+      found, error = None, None
+      try:
+        found = restore(step)
+      except (FileNotFoundError, ValueError) as problem:
+        error = problem
+      if all_hosts(error is None):
+        self._pass_over(failed, step)
+        return step, found
+      failed[step] = error or ValueError(f'Another host cannot read {step}.')
+      damaged = not isinstance(error, FileNotFoundError)
+      if damaged and not self._fall_back:
+        break
+      self._manager.reload()
+    raise next(iter(failed.values()))
+
+  def _pass_over(self, failed, step):
+    """Say which checkpoints are damaged, so that `step` is taken instead."""
+    for bad, error in failed.items():
+      if not isinstance(error, FileNotFoundError):
+        say(f'warning: {error} Checkpoint {step} is taken instead.')
+        if not self._read_only:
+          self._move_away(bad)
+    if failed:
+      self._manager.reload()
+
+  def restore_each(self, which, restore):
+    """Yield (step, restore(step)) of all steps that `which` selects.
+
+    Those that training removes meanwhile, or that are damaged, are left out
+    with a line.
+
+    Raises:
+      FileNotFoundError, ValueError: there is none, or none can be read.
+    """
+    if which in ('last', 'best'):
+      yield self.restore_first(which, restore)
+      return
+    errors, steps = [], self.select(which)
+    for step in steps:
+      found, error = None, None
+      try:
+        found = restore(step)
+      except (FileNotFoundError, ValueError) as problem:
+        error = problem
+      if all_hosts(error is None):
+        yield step, found
+      else:
+        errors.append(error or ValueError(f'Another host cannot read {step}.'))
+        if len(errors) < len(steps):
+          say(f'warning: {errors[-1]} It is left out.')
+    if len(errors) == len(steps):
+      raise errors[0]
+
+
+class SaveError(OSError):
+  """A checkpoint could not be saved."""
+
+
+def _loss_in(path):
+  """Return the test loss in a file of metrics, or None if there is none."""
+  try:
+    return float(json.loads(path.read_text())['loss'])
+  except (OSError, ValueError, TypeError, KeyError):
+    return None
 
 
 def restore_ema(workdir, like, which='last'):
@@ -267,10 +483,10 @@ def restore_ema(workdir, like, which='last'):
     ValueError: there is no such checkpoint, it is damaged, or it belongs to
       another network.
   """
-  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   like = jax.tree.map(
     lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding), like
   )
   with Checkpoints(workdir) as checkpoints:
-    step = checkpoints.select(which)[-1]
-    return checkpoints.restore(step, like, 'ema')
+    restore = lambda step: checkpoints.restore(step, like, 'ema')
+    return checkpoints.restore_first(which, restore)[1]

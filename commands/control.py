@@ -27,10 +27,10 @@ from controllable_generation import (
   Method,
   Operator,
 )
-from data import datasets, pixels, sources
+from data import datasets, pixels, record, sources
 from reporting.pictures import save_samples
 from runtime import options
-from runtime.files import save_npz
+from runtime.files import digest, save_npz
 from runtime.progress import say
 
 
@@ -38,7 +38,7 @@ def _build(table, config, key):
   """Return the object of a table that config.control chooses by a key."""
   section = {**config.control}
   if section['mask'] not in MASKS and pathlib.Path(section['mask']).is_file():
-    fit = {'size': config.data.image_size, 'channels': 1}
+    fit = sources.fit_of(config.data) | {'channels': 1}
     image = sources.decode_file(pathlib.Path(section['mask']), **fit)
     section['mask'] = image[..., 0] > 127
   owned = {'seed': config.seed, 'centered': config.data.centered}
@@ -61,6 +61,12 @@ class Task(abc.ABC):
   def count(self) -> int:
     """Return the number of samples."""
     return len(next(iter(self.rows.values())))
+
+  @property
+  def identity(self) -> str:
+    """Return eight hexadecimal digits of all that samples are guided by."""
+    given = jax.tree.leaves((self.rows, self.shared))
+    return digest(*map(np.asarray, given))[:8]
 
   @abc.abstractmethod
   def guide(self, score_fn, sde, **given):
@@ -97,19 +103,55 @@ class ClassTask(Task):
     return {'images': images, **self.rows}, images, self.columns
 
 
-def _class_task(config, guidance, classes, **shared):
+def class_number(label, classes, names):
+  """Return the number of a class; -1 for all in turn.
+
+  Text is a name. It is a number where no class is named by a number, as on the
+  command line.
+
+  Args:
+    label: config.control.label.
+    classes: number of classes.
+    names: their names; empty if they have none.
+
+  Raises:
+    ValueError: there is no such class.
+
+  Example:
+    >>> class_number('dog', 2, ('cat', 'dog')), class_number('0', 2, ())
+    (1, 0)
+    >>> class_number('10', 3, ('9', '10', '11')), class_number(0, 3, ())
+    (1, 0)
+  """
+  if label in names:
+    return names.index(label)
+  text, number = str(label), -1
+  is_name = isinstance(label, str) and any(n.isdecimal() for n in names)
+  if text.isdecimal() and not is_name:
+    number = int(text)
+  elif text != '-1':
+    number = classes
+  if number >= classes:
+    hint = f'use 0 to {classes - 1}, or -1 for all in turn.'
+    if names:
+      hint = options.suggestion(label, names)
+    raise ValueError(
+      f'config.control.label={label!r} is no class of {classes}: {hint}'
+    )
+  return number
+
+
+def _class_task(config, guidance, classes, names, **shared):
   """Return the task of sampling config.control.label, or all classes in turn.
 
   Raises:
     ValueError: there is no such class.
   """
-  label, count = config.control.label, config.sampling.num_samples
-  if label >= classes:
-    raise ValueError(
-      f'config.control.label={label} is no class of {classes}: use 0 to '
-      f'{classes - 1}, or -1 for all in turn.'
-    )
+  count = config.sampling.num_samples
+  label = class_number(config.control.label, classes, names)
   one = label >= 0
+  if one and names:
+    say(f'Class {label}: {names[label]}.')
   labels = np.full(count, label) if one else np.arange(count) % classes
   return ClassTask(
     rows={'label': labels.astype(np.int32)},
@@ -119,7 +161,7 @@ def _class_task(config, guidance, classes, **shared):
   )
 
 
-def label_task(model):
+def label_task(model, workdir):
   """Return the task of a network that is told the class."""
   if not model.num_labels:
     raise ValueError(
@@ -128,7 +170,8 @@ def label_task(model):
       'other networks.'
     )
   guidance = _build(CONTROLS, model.config, 'name')
-  return _class_task(model.config, guidance, model.num_labels)
+  names = record.classes(workdir)
+  return _class_task(model.config, guidance, model.num_labels, names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +219,7 @@ def load_classifier(model):
       "config.control.name='classifier' needs config.control."
       "classifier_workdir: set it to a run with a classifier's config."
     )
-  workdir = pathlib.Path(model.config.control.classifier_workdir)
+  workdir = pathlib.Path(model.config.control.classifier_workdir).expanduser()
   if not (workdir / 'config.json').is_file():
     raise FileNotFoundError(
       f'config.control.classifier_workdir={workdir} has no config.json: train '
@@ -201,13 +244,15 @@ def load_classifier(model):
   return classifier, restore_ema(workdir, classifier.abstract_params())
 
 
-def classifier_task(model):
+def classifier_task(model, workdir):
   """Return the task of a score network that a classifier guides."""
+  del workdir  # The classifier knows the classes.
   guidance = _build(CONTROLS, model.config, 'name')
   classifier, params = load_classifier(model)
   classes = classifier.config.model.num_outputs
   guidance = ByNetwork(guidance, classifier)
-  return _class_task(model.config, guidance, classes, classifier=params)
+  names = record.classes(model.config.control.classifier_workdir)
+  return _class_task(model.config, guidance, classes, names, classifier=params)
 
 
 # --------------------------------------------------------- inverse problems
@@ -276,14 +321,17 @@ def _originals(config):
   """
   control = config.control
   if control.images:
-    dataset = datasets.user_images(config.data, control.images)
+    dataset = datasets.user_images(
+      config.data, control.images, key='config.control.images', exact=False
+    )
   else:
     dataset = datasets.load(config.data, 'test')
   return dataset.fetch(np.arange(min(control.num_images, len(dataset))))
 
 
-def inverse_task(model):
+def inverse_task(model, workdir):
   """Return the task of reconstructing images from measurements."""
+  del workdir
   operator, method = inverse_problem(model)
   config, centered = model.config, model.config.data.centered
   originals = _originals(config)
@@ -313,13 +361,14 @@ TASKS = {
 }
 
 
-def make_task(model) -> Task:
+def make_task(model, workdir='') -> Task:
   """Return the task of config.control.
 
   All checks are made before data and weights are loaded.
 
   Args:
     model: Experiment of a score network.
+    workdir: of its run, which knows the names of classes.
 
   Raises:
     ValueError: the control cannot run; one line names the key and the fix.
@@ -331,12 +380,14 @@ def make_task(model) -> Task:
       f'config.control.name={name!r} is unknown: '
       f'{options.suggestion(name, TASKS)}'
     )
-  return TASKS[name](model)
+  return TASKS[name](model, workdir)
 
 
 def sample(config, workdir):
-  """Write samples/NAME-step_N-HASH.npz and .png of a control to a workdir.
+  """Write samples/NAME-step_N-HASH-HASH.npz and .png of a control to a workdir.
 
+  The second hash is of what the samples are guided by: labels, measurements,
+  the weights of a classifier.
   The .npz contains uint8 `images`, `nfe` and, for classes, `label`. For inverse
   problems `images` are [N, repeats, H, W, C], with `originals` and
   `measurements` beside them. In the picture of an inverse problem a row is an
@@ -351,14 +402,14 @@ def sample(config, workdir):
     FloatingPointError: samples diverged.
   """
   model = experiment.build(config)
-  task = make_task(model)
+  task = make_task(model, workdir)
   run = trained.restore(config, workdir, model)
   images, nfe = trained.draw_all(
     run, task.count, guide=task.guide, rows=task.rows, shared=task.shared
   )
   arrays, grid, columns = task.present(images)
   if jax.process_index() == 0:
-    name = f'{config.control.name}-{run.name}'
+    name = f'{config.control.name}-{run.name}-{task.identity}'
     path = pathlib.Path(workdir) / 'samples' / f'{name}.npz'
     save_npz(path, **arrays, nfe=np.int32(nfe))
     save_samples(path.with_suffix('.png'), grid, columns=columns)

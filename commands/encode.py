@@ -21,6 +21,7 @@ from runtime.progress import Progress, say
 WEIGHTS = np.linspace(0, 1, 10)  # of the second image of a pair
 TEMPERATURES = np.array([0.25, 0.5, 0.7, 0.85, 1.0, 1.15, 1.3, 1.5])
 ROWS = 8  # of the pictures of interpolations and of temperatures
+TOLERANCES = 'config.sampling.rtol', 'config.sampling.atol'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Coder:
 
     def encoder(params, x):
       found = self.run.model.encode(params, x)
-      return found.y, found.nfe, found.success
+      return found.y, found.nfe, found.success, found.not_finite_at
 
     return self._in_batches('encoded', encoder, images)
 
@@ -44,7 +45,7 @@ class Coder:
 
     def decoder(params, z):
       found = self.run.model.decode(params, z)
-      return found.x, found.nfe, found.success
+      return found.x, found.nfe, found.success, found.not_finite_at
 
     return self._in_batches('decoded', decoder, z)
 
@@ -62,12 +63,11 @@ class Coder:
       part = x[start : start + size]
       # The last batch is filled up with copies: one shape, one program.
       full = np.resize(part, (size, *x.shape[1:]))
-      y, evaluations, success = call(self.run.params, full)
+      y, evaluations, success, bad = call(self.run.params, full)
       if not success:
-        raise FloatingPointError(
-          f'The ODE solver failed: not all images were {what}; larger '
-          'config.sampling.rtol and atol may help.'
-        )
+        failed = f'The ODE solver failed: not all images were {what}'
+        line = experiment.why_failed(failed, bad, TOLERANCES)
+        raise FloatingPointError(line)
       outputs.append(np.asarray(y)[: len(part)])
       nfe.append(float(evaluations))
       progress(start + len(part))
@@ -110,9 +110,11 @@ def _variations(coder, z):
 def encode(config, workdir):
   """Encode config.sampling.num_samples test images, or points, and decode them.
 
-  Writes to workdir/latent/step_N: codes.npz, with `images`, their codes `z`,
-  `reconstructions`, `interpolations` [R, K, ...] between images 2r and 2r + 1
-  at `weights` [K], and images r at `temperatures` [T], `rescaled` [R, T, ...];
+  Writes to workdir/latent/step_N-HASH-COUNT, where the hash is of all that the
+  codes depend on (weights, config and images): codes.npz, with `images`, their
+  codes `z`, `reconstructions`, `interpolations` [R, K, ...] between images 2r
+  and 2r + 1 at `weights` [K], and images r at `temperatures` [T], `rescaled`
+  [R, T, ...];
   a PNG of each of the three (in the first every image is followed by its
   reconstruction); and result.json, with the error of the reconstructions.
 
@@ -123,8 +125,6 @@ def encode(config, workdir):
   run = trained.restore(config, workdir)
   test_set = datasets.load(config.data, 'test')
   count = min(config.sampling.num_samples, len(test_set))
-  if count < 2:
-    raise ValueError('config.sampling.num_samples must be at least 2.')
   coder = Coder(run, trained.batch_size(config, count))
   images = test_set.fetch(np.arange(count))
   z, nfe = coder.encode(images)
@@ -140,7 +140,8 @@ def encode(config, workdir):
   }
   if jax.process_index():
     return
-  folder = run.workdir / 'latent' / f'step_{run.step}'
+  name = f'{run.name}-{test_set.fingerprint[:8]}-{count}'
+  folder = run.workdir / 'latent' / name
   save_npz(
     folder / 'codes.npz',
     images=images,
@@ -153,7 +154,8 @@ def encode(config, workdir):
   )
   both = np.stack([images, again], axis=1)[: ROWS * ROWS]
   _save(folder / 'reconstructions.png', both, 2 * ROWS)
-  _save(folder / 'interpolations.png', between, len(WEIGHTS))
+  if len(between):  # A single image has no pair.
+    _save(folder / 'interpolations.png', between, len(WEIGHTS))
   _save(folder / 'temperatures.png', rescaled, len(TEMPERATURES))
   write_json(folder / 'result.json', result)
   unit = 'units of the data' if config.data.dims else 'grey levels of 255'

@@ -11,6 +11,8 @@ With several hosts, which share the folder, each saves what its devices made.
 """
 
 import dataclasses
+import functools
+import glob
 import json
 import math
 import pathlib
@@ -42,15 +44,37 @@ from runtime.devices import (
 )
 from runtime.files import digest, load_npz, save_npz, write_json
 from runtime.progress import Progress, say
+from solvers import ode
 
 Evaluator = Callable[[Run, pathlib.Path], dict[str, Any]]
 
 
-def _host_file(folder, name, host=None):
-  """Return where a host keeps its part of a batch."""
-  host = jax.process_index() if host is None else host
-  suffix = f'_host_{host}' if jax.process_count() > 1 else ''
+def _part(folder, name, host, hosts):
+  """Return where one of some hosts keeps its part of a batch."""
+  suffix = f'_of_{hosts}_host_{host}' if hosts > 1 else ''
   return folder / f'{name}{suffix}.npz'
+
+
+def _my_part(folder, name):
+  """Return where this host keeps its part of a batch."""
+  return _part(folder, name, jax.process_index(), jax.process_count())
+
+
+def _parts(folder, name):
+  """Return the files of a batch in order, or [] if it is not complete.
+
+  Any number of hosts may have written them: an evaluation that several hosts
+  begin can be finished by another number of hosts.
+  """
+  counts = {1} | {
+    int(path.stem.rpartition('_of_')[2].partition('_host_')[0])
+    for path in folder.glob(f'{glob.escape(name)}_of_*_host_0.npz')
+  }
+  for hosts in sorted(counts):
+    paths = [_part(folder, name, host, hosts) for host in range(hosts)]
+    if all(path.is_file() for path in paths):
+      return paths
+  return []
 
 
 def _as_dicts(metrics):
@@ -84,6 +108,48 @@ def loss_evaluator(model, test_set, layout) -> Evaluator:
 # ----------------------------------------------------------------- likelihood
 
 
+# Attempted steps of the ODE solver between two reports of progress.
+STRETCH = 5
+
+
+def _compile_bits(model, layout):
+  """Return compute(params, rng, image, report) -> (bits, error, found).
+
+  What it computes is `Experiment.bits_per_dim`, in stretches. Between two of
+  them report(t, nfe) is called with the time that was reached.
+  """
+  whole, split = layout.replicated, layout.split
+  y = split, layout.one_step
+  state = ode.OdeState(
+    t=whole, y=y, slope=y, h=whole, rejected=whole, steps=whole, stuck=whole,
+    finite=whole,
+  )  # fmt: skip
+
+  def stretch(params, rng, image, state):
+    end = None if state is None else state.steps + STRETCH
+    bits, error, found = model.bits_so_far(params, rng, image, state, end)
+    state, found = found.state, found._replace(state=None, z=None)
+    return bits, error, found, ode.arrived_or_stuck(state, 1.0), state
+
+  begin, proceed = (
+    jax.jit(
+      stretch,
+      in_shardings=(whole, None, split, start),
+      out_shardings=(whole, whole, whole, whole, state),
+    )
+    for start in (None, state)
+  )
+
+  def compute(params, rng, image, report):
+    *found, done, state = begin(params, rng, image, None)
+    while not done and state.steps < ode.MAX_STEPS:
+      *found, done, state = proceed(params, rng, image, state)
+      report(float(state.t), int(found[2].nfe))
+    return found
+
+  return compute
+
+
 def _bits_of_pass(compute, run, test_set, paths, repeat):
   """Compute and write what is missing of one pass over the test set."""
   config, batch = run.model.config, run.model.config.eval.batch_size
@@ -97,18 +163,25 @@ def _bits_of_pass(compute, run, test_set, paths, repeat):
   ):
     if number not in missing:
       continue
-    bits, error, nfe, success = compute(
-      run.params, jax.random.fold_in(rng, number), images['image']
-    )
-    if not success:
+    key, image = jax.random.fold_in(rng, number), images['image']
+
+    def report(t, nfe, number=number):
+      progress(number, f'batch {number} is at t = {t:.3g} after {nfe} NFE')
+
+    bits, error, found = compute(run.params, key, image, report)
+    if not found.success:
+      what = f'The ODE solver failed on test batch {number}'
+      keys = 'config.sampling.rtol', 'config.sampling.atol'
       raise FloatingPointError(
-        f'The ODE solver failed on test batch {number}; larger '
-        'config.sampling.rtol and atol may help.'
+        experiment.why_failed(what, found.not_finite_at, keys)
       )
     mask = multihost_utils.process_allgather(mask, tiled=True)
     bits, error = (np.asarray(v)[np.asarray(mask) > 0] for v in (bits, error))
-    save_npz(paths[number], bits=bits, error=error, nfe=np.asarray(nfe))
+    if jax.process_index() == 0:
+      nfe = np.asarray(found.nfe)
+      save_npz(paths[number], bits=bits, error=error, nfe=nfe)
     progress(number + 1)
+  barrier('bits')
 
 
 def _summary(passes, dims):
@@ -118,7 +191,7 @@ def _summary(passes, dims):
   metric = evaluation.Metric(
     value=float(per_image.mean()),
     count=len(per_image),
-    std_error=float(per_image.std(ddof=1) / math.sqrt(len(per_image))),
+    std_error=evaluation.standard_error(per_image),
   )
   parts = [part for parts in passes for part in parts]
   errors = np.concatenate([part['error'] for part in parts])
@@ -144,19 +217,14 @@ def likelihood_evaluator(model, test_set, layout) -> Evaluator:
   that more probes would lower: 0 with the exact trace, and None with a single
   probe, whose error is not known.
   """
-  compute = jax.jit(
-    model.bits_per_dim,
-    in_shardings=(layout.replicated, None, layout.split),
-    out_shardings=layout.replicated,
-  )
-  chosen = model.config.eval
-  name = f'bpd_{chosen.bpd_trace}_{chosen.bpd_probes}_{chosen.bpd_eps:g}'
+  compute, chosen = _compile_bits(model, layout), model.config.eval
+  name = f'bpd_{chosen.bpd_trace}_{chosen.bpd_probes}_{chosen.bpd_eps!r}'
   numbers = range(math.ceil(len(test_set) / chosen.batch_size))
 
   def evaluate_likelihood(run, folder):
     passes = []
     for repeat in range(chosen.bpd_repeats):
-      paths = [_host_file(folder, f'{name}_{repeat}_{i}') for i in numbers]
+      paths = [folder / f'{name}_{repeat}_{i}.npz' for i in numbers]
       _bits_of_pass(compute, run, test_set, paths, repeat)
       passes.append([load_npz(path) for path in paths])
     return _summary(passes, math.prod(model.shape(1)))
@@ -167,22 +235,23 @@ def likelihood_evaluator(model, test_set, layout) -> Evaluator:
 # -------------------------------------------------------------------- samples
 
 
-def _feature_file(folder, name, extract, host=None):
-  """Return where a host keeps the features of its part of a batch."""
+def _feature_name(name, extract):
+  """Return the name of the features of a batch."""
   logits = '-logits' if getattr(extract, 'with_logits', False) else ''
-  name = f'{name}-{extracting.identity_of(extract)}{logits}'
-  return _host_file(folder, name, host)
+  return f'{name}-{extracting.identity_of(extract)}{logits}'
 
 
 def _read_features(folder, names, extract, count):
-  """Yield what the files of all hosts hold of the first `count` images."""
+  """Yield the features of each batch, of the first `count` images in all."""
   for name in names:
-    for host in range(jax.process_count()):
-      part = load_npz(_feature_file(folder, name, extract, host))
-      part = {key: rows[:count] for key, rows in part.items()}
-      count -= len(part['pool_3'])
-      if len(part['pool_3']):
-        yield part
+    paths = _parts(folder, _feature_name(name, extract))
+    parts = [load_npz(path) for path in paths]
+    batch = {
+      key: np.concatenate([part[key] for part in parts])[:count]
+      for key in parts[0]
+    }
+    count -= len(batch['pool_3'])
+    yield batch
 
 
 def _make_batches(run, folder, extract):
@@ -199,29 +268,39 @@ def _make_batches(run, folder, extract):
     len(names) * size,
     size,
     split=True,
-    skip=lambda i: all_hosts(_host_file(folder, names[i]).is_file()),
+    skip=lambda i: all_hosts(_parts(folder, names[i])),
   )
   for number, found in drawn:
-    path = _host_file(folder, names[number])
+    name, images = names[number], None
     if found is not None:
       images = run.model.to_data(local_rows(found.x))
-      save_npz(path, images=images, nfe=np.asarray(found.nfe))
-    scored = _feature_file(folder, names[number], extract)
-    if not scored.is_file():
-      images = load_npz(path)['images']
-      save_npz(scored, **extracting.outputs_of(images, extract))
+      arrays = {'images': images, 'nfe': np.asarray(found.nfe)}
+      if found.label is not None:
+        arrays['label'] = local_rows(found.label)
+      save_npz(_my_part(folder, name), **arrays)
+    scored = _feature_name(name, extract)
+    if not all_hosts(_parts(folder, scored)):
+      if images is None:
+        images = _share(_read_samples(folder, [name])[0])
+      outputs = extracting.outputs_of(images, extract)
+      save_npz(_my_part(folder, scored), **outputs)
   return names
 
 
-def _read_samples(folder, names, count):
-  """Return the first `count` images, and the mean NFE of all batches."""
-  files = [
-    load_npz(_host_file(folder, name, host))
-    for name in names
-    for host in range(jax.process_count())
+def _share(rows):
+  """Return the rows of this host, one after the other, of those of a batch."""
+  return np.array_split(rows, jax.process_count())[jax.process_index()]
+
+
+def _read_samples(folder, names):
+  """Return the images of batches, and the mean NFE of the batches."""
+  batches = [
+    [load_npz(path) for path in _parts(folder, name)] for name in names
   ]
-  images = np.concatenate([file['images'] for file in files])
-  return images[:count], float(np.mean([file['nfe'] for file in files]))
+  images = np.concatenate(
+    [part['images'] for parts in batches for part in parts]
+  )
+  return images, float(np.mean([parts[0]['nfe'] for parts in batches]))
 
 
 def _scores(config, folder, names, extract, reference, count):
@@ -234,6 +313,7 @@ def _scores(config, folder, names, extract, reference, count):
     reference,
     seed=config.seed,
     allow_few=config.eval.allow_few_samples,
+    logits_hint=getattr(extract, 'logits_hint', ''),
   )
   return _as_dicts(scores)
 
@@ -254,6 +334,12 @@ class Judge:
     if few and not config.eval.allow_few_samples:
       say(f'warning: no FID: {few}')
     return cls(extract, reference)
+
+  @property
+  def key(self):
+    """What results depend on: a hash of the statistics, and the variant."""
+    mean = getattr(self.reference, 'mu', None)
+    return digest(mean, self.facts)
 
   @property
   def facts(self):
@@ -279,9 +365,12 @@ def sample_evaluator(judge) -> Evaluator:
       config, folder, names, judge.extract, judge.reference, count
     )
     if jax.process_index() == 0:
-      images, result['nfe'] = _read_samples(folder, names, count)
-      pictures.save_grid(folder / 'samples.png', images[:64])
-      say(f'Samples are in {folder}/samples.png.')
+      images, result['nfe'] = _read_samples(folder, names)
+      picture = folder / 'samples.png'
+      # An earlier evaluation may have had more.
+      if len(images) >= 64 or not picture.is_file():
+        pictures.save_grid(picture, images[:64])
+      say(f'Samples are in {picture}.')
     return result
 
   return evaluate_samples
@@ -305,10 +394,10 @@ def evaluate(config, workdir, eval_folder='eval'):
   workdir, chosen = pathlib.Path(workdir), config.eval
   check_divisible(chosen.batch_size, 'config.eval.batch_size')
   with Checkpoints(workdir) as saved:
-    steps = saved.select(chosen.checkpoint)
+    saved.select(chosen.checkpoint)  # It says at once if there is none.
     experiment.claim(config, workdir, write=False)
     test_set = datasets.load(config.data, 'test')
-    facts, evaluators = trained.facts(config), []
+    facts, evaluators, judged_by = trained.facts(config), [], ''
     if chosen.enable_loss:
       evaluators.append(loss_evaluator(model, test_set, layout))
     if chosen.enable_bpd:
@@ -317,13 +406,14 @@ def evaluate(config, workdir, eval_folder='eval'):
       evaluators.append(points.evaluator(test_set))
     elif chosen.enable_sampling:
       judge = Judge.of(config, workdir, chosen.num_samples)
-      facts |= judge.facts
+      facts, judged_by = facts | judge.facts, judge.key
       evaluators.append(sample_evaluator(judge))
     # What else results depend on, besides what their folder is named by.
-    settings = schema.marked(config, 'result')
-    key = digest(settings, facts.get('inception_variant'))[:8]
-    for step in steps:
-      run = trained.restore_step(model, layout, saved, workdir, step)
+    key = digest(schema.marked(config, 'result'), judged_by)[:8]
+    restored = functools.partial(
+      trained.restore_step, model, layout, saved, workdir
+    )
+    for step, run in saved.restore_each(chosen.checkpoint, restored):
       name = f'{run.name}-{test_set.fingerprint[:8]}'
       folder = workdir / eval_folder / name
       folder.mkdir(parents=True, exist_ok=True)
@@ -340,8 +430,12 @@ def evaluate(config, workdir, eval_folder='eval'):
 
 def summarize(folder):
   """Print all results in a folder, and write them as table and curves."""
-  paths = sorted(folder.glob('step_*-*/result-*.json'))
-  found = [json.loads(path.read_text()) for path in paths]
+  found = []
+  for path in sorted(folder.glob('step_*-*/result-*.json')):
+    try:
+      found.append(json.loads(path.read_text()))
+    except ValueError:
+      say(f'warning: {path} is damaged, and left out.')
   results.save_results(folder, found, schema.names_marked('cost'))
 
 
@@ -349,37 +443,41 @@ def evaluate_images(config, workdir, path, eval_folder='eval'):
   """Score user-supplied images, a folder or an .npz, against config.data.
 
   They are taken in a fixed random order, because they may be sorted by class.
-  Writes workdir/eval_folder/NAME.json.
+  Writes workdir/eval_folder/NAME-HASH.json: the whole name of the folder or
+  file, and a hash of its images and of what they are compared with.
   """
   schema.check(config)
   images = datasets.user_images(config.data, path)
   judge = Judge.of(config, workdir, len(images))
   extract, batch = judge.extract, config.eval.batch_size
-  host, hosts = jax.process_index(), jax.process_count()
-  path, out = pathlib.Path(path), pathlib.Path(workdir) / eval_folder
-  key = digest(images.fingerprint, batch, hosts)[:8]
-  folder = out / f'images_{path.stem}-{key}'
+  out = pathlib.Path(workdir) / eval_folder
+  whole_name = pathlib.Path(path).expanduser().resolve().name
+  key = digest(images.fingerprint, batch)[:8]
+  folder = out / f'images_{whole_name}-{key}'
   names = [f'images_{i}' for i in range(math.ceil(len(images) / batch))]
   order = batches.permutation(len(images), 0, 0)
   progress = Progress('features', len(images), 'images')
   for number, name in enumerate(names):
-    file = _feature_file(folder, name, extract)
+    scored = _feature_name(name, extract)
     members = order[number * batch : (number + 1) * batch]
-    if not file.is_file():
-      mine = members[host::hosts]
+    if not all_hosts(_parts(folder, scored)):
+      mine = _share(members)
       # A host without a share of a small batch shows the others the format.
       some = images.fetch(mine if len(mine) else members)
       outputs = extracting.outputs_of(some, extract)
       outputs = {k: rows[: len(mine)] for k, rows in outputs.items()}
-      save_npz(file, **outputs)
+      save_npz(_my_part(folder, scored), **outputs)
     progress(number * batch + len(members))
   result = {'images': str(path), 'count': len(images)}
   result |= {'fingerprint': images.fingerprint}
   result |= _scores(
     config, folder, names, extract, judge.reference, len(images)
   )
-  if host == 0:
+  if jax.process_index() == 0:
     result |= trained.facts(config) | judge.facts
-    write_json(out / f'{path.stem}.json', result)
+    settings = schema.marked(config, 'result')
+    key = digest(images.fingerprint, settings, judge.key)[:8]
+    written = out / f'{whole_name}-{key}.json'
+    write_json(written, result)
     say(results.table([result]))
-    say(f'Results are in {out / path.stem}.json.')
+    say(f'Results are in {written}.')

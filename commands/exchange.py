@@ -11,7 +11,7 @@ import run_lib
 from checkpoints import diffusers, formats
 from checkpoints.workdir import Checkpoints
 from commands import trained
-from runtime.files import atomic
+from runtime.files import atomic, to_json
 from runtime.progress import say
 
 
@@ -66,13 +66,17 @@ def export(config, workdir, path):
       '--mode export needs --output FILE.safetensors or, for diffusers, a '
       'folder.'
     )
-  model, to_file = experiment.build(config), str(path).endswith('.safetensors')
+  path = pathlib.Path(path).expanduser()
+  if path.exists():
+    raise ValueError(f'{path} exists already: choose another --output.')
+  model, to_file = experiment.build(config), path.suffix == '.safetensors'
   if not to_file:
     diffusers.check(model)
   run = trained.restore(config, workdir, model)
   ema = jax.tree.map(np.asarray, run.params)
   if to_file:
-    formats.export(path, config.to_json_best_effort(), ema, step=run.step)
+    text = to_json(experiment.json_of(config))
+    formats.export(path, text, ema, step=run.step)
     note = ''
   else:
     pipeline = diffusers.export(path, run.model, ema)

@@ -21,15 +21,16 @@ from runtime.progress import say
 
 def _distances(x, test):
   """Return the metrics of points x against test points."""
-  some = slice(4000)  # All pairs of more points would take long.
-  return {
-    'sliced_wasserstein': evaluation.Metric(
-      value=evaluation.sliced_wasserstein(x, test), count=len(x)
-    ),
-    'energy_distance': evaluation.Metric(
-      value=evaluation.energy_distance(x[some], test[some]), count=len(x[some])
-    ),
-  }
+  metrics = {}
+  for function, count in (
+    (evaluation.sliced_wasserstein, len(x)),
+    (evaluation.energy_distance, 4000),  # All pairs of more would take long.
+  ):
+    some, names = x[:count], (function.__name__,)
+    metrics |= evaluation.attempted(
+      names, len(some), function, some, test[: max(count, 4000)]
+    )
+  return metrics
 
 
 def _draw(run, count):
@@ -47,8 +48,8 @@ def evaluator(dataset):
   Beside the distances of the samples to the test points there are those of as
   many true points, which are the best that can be had of so many, and the true
   negative log-likelihood of the test points, where data have a density. It
-  writes samples.npz and pictures (score fields, samples over the true density,
-  the density of the model, paths of the ODE) to its folder.
+  writes samples_COUNT.npz and pictures (score fields, samples over the true
+  density, the density of the model, paths of the ODE) to its folder.
 
   Args:
     dataset: test points.
@@ -67,10 +68,10 @@ def evaluator(dataset):
       metrics['true_nats'] = evaluation.Metric(
         value=float(-logp.mean()),
         count=len(test),
-        std_error=float(logp.std(ddof=1) / np.sqrt(len(test))),
+        std_error=evaluation.standard_error(logp),
       )
     if jax.process_index() == 0:
-      save_npz(folder / 'samples.npz', points=x, nfe=np.asarray(nfe))
+      save_npz(folder / f'samples_{count}.npz', points=x, nfe=np.asarray(nfe))
       draw_pictures(run, x, folder)
       say(f'Pictures are in {folder}.')
     named = {name: dataclasses.asdict(m) for name, m in metrics.items()}

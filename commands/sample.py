@@ -32,21 +32,24 @@ def viewable(model, frames, times):
 
 
 def sample(config, workdir):
-  """Write samples of a checkpoint: workdir/samples/step_N-HASH.npz and .png.
+  """Write samples to workdir/samples/step_N-HASH-COUNT.npz and .png.
 
   There are config.sampling.num_samples of them; the .npz holds them as uint8
-  `images` (or float32 `points`) and the number of score evaluations as `nfe`.
+  `images` (or float32 `points`), the number of score evaluations as `nfe` and,
+  of a network that is told classes, those that were drawn as `label`.
   With config.sampling.frames, the way of those of the first batch is there too:
   float32 `frames` [F, B, ...] at `frame_times` [F], and as pictures
-  step_N-HASH_frames.png and .gif.
+  step_N-HASH-COUNT-F_frames.png and .gif, beside step_N-HASH-COUNT-F.npz.
   """
   run = trained.restore(config, workdir)
   model, count = run.model, config.sampling.num_samples
   size = trained.batch_size(config, count)
-  samples, film = [], {}
+  samples, labels, film = [], [], {}
   batches = trained.draw(run, count, size, frames=config.sampling.frames)
   for number, found in batches:
     samples.append(model.to_data(found.x))
+    if found.label is not None:
+      labels.append(np.asarray(found.label))
     if config.sampling.frames and number == 0:
       film['frames'] = np.asarray(found.frames)[:, :count]
       film['frame_times'] = np.asarray(found.times)
@@ -54,8 +57,14 @@ def sample(config, workdir):
     return
   samples = np.concatenate(samples)[:count]
   what = 'points' if config.data.dims else 'images'
-  path = run.workdir / 'samples' / f'{run.name}.npz'
-  save_npz(path, **{what: samples}, nfe=np.asarray(found.nfe), **film)
+  # Neither fewer samples nor those without frames replace what is there.
+  numbers = filter(None, (count, config.sampling.frames))
+  name = '-'.join([run.name, *map(str, numbers)])
+  path = run.workdir / 'samples' / f'{name}.npz'
+  arrays = {what: samples, 'nfe': np.asarray(found.nfe)}
+  if labels:
+    arrays['label'] = np.concatenate(labels)[:count]
+  save_npz(path, **arrays, **film)
   shown = samples if config.data.dims else samples[:400]
   pictures.save_samples(path.with_suffix('.png'), shown)
   say(f'{count} samples, {int(found.nfe)} NFE each: {path} and .png.')

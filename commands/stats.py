@@ -2,9 +2,10 @@
 
 The raw training images, each once, go through the feature extractor. Their
 statistics are kept in the cache folder; the name of the file contains the data
-set, its fingerprint and the extractor. A run that was killed continues after
-the images that it saved last. With several hosts each computes a share, and
-workdir is where the shares meet.
+set, its fingerprint and the extractor. The images are divided into chunks,
+whose statistics are files in workdir until all are there: hosts share the
+chunks, and a run that was killed continues with those that are missing. The
+result does not depend on the number of hosts.
 """
 
 import dataclasses
@@ -14,10 +15,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from configs import schema
 from data import datasets
 from features import statistics
 from features.extract import extractor, features_of, identity_of, variant_of
-from runtime.devices import barrier
+from runtime.devices import all_hosts, barrier
 from runtime.files import cache_dir
 from runtime.progress import Progress, say
 
@@ -29,7 +31,7 @@ NUM_FEATURES = 10_000  # Features that are kept for metrics of neighbours.
 def _path(config, dataset, extract):
   """Return the path of the statistics of a data set."""
   if config.eval.stats_path:
-    return pathlib.Path(config.eval.stats_path)
+    return pathlib.Path(config.eval.stats_path).expanduser()
   name = (
     f'{dataset.name.replace("/", "_")}_{config.data.image_size}_'
     f'{identity_of(extract)}_{dataset.fingerprint[:16]}.npz'
@@ -90,62 +92,84 @@ def stats(config, workdir, extract=None):
     workdir: folder where hosts put their shares.
     extract: a feature extractor; None for that of the config.
   """
+  schema.check(config)
   dataset = datasets.load(config.data, 'train')
   extract = extract or extractor(config.eval)
-  hosts = jax.process_count()
+  path = _path(config, dataset, extract)
+  _check_same(path, dataset, extract)
+  chunks = _chunks(len(dataset))
   key = f'{dataset.fingerprint[:16]}-{identity_of(extract)}'
   folder = pathlib.Path(workdir) / 'stats'
-  paths = [folder / f'{key}-{i}_of_{hosts}.npz' for i in range(hosts)]
-  _compute_share(dataset, extract, paths[jax.process_index()])
+  paths = [folder / f'{key}-{start}_{stop}.npz' for start, stop in chunks]
+  _compute_chunks(dataset, extract, chunks, paths)
   barrier('stats')
   if jax.process_index() == 0:
-    whole = statistics.merge_stats([_load_share(p, dataset) for p in paths])
+    whole = statistics.load_stats(paths[0])
+    for part in paths[1:]:
+      whole = statistics.merge_stats([whole, statistics.load_stats(part)])
     # Data sets can be in the order of their classes, so features are shuffled.
     order = np.random.default_rng(0).permutation(len(whole.features))
-    path = _path(config, dataset, extract)
     dataclasses.replace(whole, features=whole.features[order]).save(path)
-    for share in paths:
-      share.unlink()
+    for part in paths:
+      part.unlink()
     say(f'Statistics of {whole.count} images are in {path}.')
   barrier('stats_written')
 
 
-def _load_share(path, dataset):
-  """Return the share of a host; the name of its file says of which data set.
+def _check_same(path, dataset, extract):
+  """Raise ValueError if other statistics are at a path: they are not replaced.
 
-  Shares that an older version has begun have a fingerprint of another kind.
+  Args:
+    path: path of the file to be written.
+    dataset: the training images.
+    extract: the feature extractor.
   """
-  share = statistics.load_stats(path)
-  return dataclasses.replace(share, fingerprint=dataset.fingerprint)
+  if not path.is_file():
+    return
+  there = statistics.load_stats(path)
+  ours = dataset.fingerprint, variant_of(extract)
+  if (there.fingerprint, there.variant) != ours:
+    raise ValueError(
+      f'config.eval.stats_path={path} has statistics of other images or other '
+      'features: choose another path, or remove the file.'
+    )
 
 
-def _compute_share(dataset, extract, path):
-  """Compute the statistics of this host's images, and save them at intervals.
+def _chunks(count):
+  """Return [(start, stop)] of the chunks of images."""
+  starts = range(0, max(count - CHUNK, 0) + 1, CHUNK)
+  # The last chunk is long, because a single image has no covariance.
+  return list(zip(starts, [*starts[1:], count], strict=True))
+
+
+def _compute_chunks(dataset, extract, chunks, paths):
+  """Compute and save this host's share of the chunks that are missing.
 
   Args:
     dataset: the training images.
     extract: a feature extractor.
-    path: path of the file. What it holds is not computed again.
+    chunks: [(start, stop)] of all chunks.
+    paths: paths of their files.
   """
-  host, hosts = jax.process_index(), jax.process_count()
-  mine = np.arange(host, len(dataset), hosts)
-  keep = min(NUM_FEATURES // hosts, len(mine))
-  share = _load_share(path, dataset) if path.is_file() else None
-  done = share.count if share else 0
-  progress = Progress('reference features', len(mine), 'images', start=done)
-  while done < len(mine):
-    # The last chunk is long, because a single image has no covariance.
-    stop = len(mine) if len(mine) - done < 2 * CHUNK else done + CHUNK
+  missing = [
+    pair
+    for pair in zip(chunks, paths, strict=True)
+    if not all_hosts(pair[1].is_file())
+  ]
+  mine = missing[jax.process_index() :: jax.process_count()]
+  count, keep = len(dataset), min(NUM_FEATURES, len(dataset))
+  total, done = sum(stop - start for (start, stop), _ in mine), 0
+  progress = Progress('reference features', total, 'images')
+  for (start, stop), path in mine:
     chunk = statistics.compute_stats(
       (
-        dataset.fetch(mine[i : min(i + BATCH, stop)])
-        for i in range(done, stop, BATCH)
+        dataset.fetch(np.arange(i, min(i + BATCH, stop)))
+        for i in range(start, stop, BATCH)
       ),
       extract,
       fingerprint=dataset.fingerprint,
-      num_features=keep * stop // len(mine) - keep * done // len(mine),
+      num_features=keep * stop // count - keep * start // count,
       progress=lambda n, done=done: progress(done + n),
     )
-    share = statistics.merge_stats([share, chunk]) if share else chunk
-    share.save(path)
-    done = stop
+    chunk.save(path)
+    done += stop - start

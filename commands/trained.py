@@ -67,7 +67,7 @@ def identity(config, *more) -> str:
     *more: further values and arrays.
   """
   wanted = schema.marked(config, 'samples')
-  return digest(wanted, jax.process_count(), *more)[:8]
+  return digest(wanted, *more)[:8]
 
 
 def restore_step(model, layout, saved, workdir, step) -> Run:
@@ -98,10 +98,12 @@ def restore(config, workdir, model=None) -> Run:
     FileNotFoundError, ValueError: there is none, or it is of another config.
   """
   model = model or experiment.build(config)
-  with Checkpoints(workdir) as saved:
-    step = saved.select(config.eval.checkpoint)[-1]
+  with Checkpoints(workdir, fall_back=True) as saved:
     experiment.claim(config, workdir, write=False)
-    return restore_step(model, make_layout(), saved, workdir, step)
+    restored = functools.partial(
+      restore_step, model, make_layout(), saved, workdir
+    )
+    return saved.restore_first(config.eval.checkpoint, restored)[1]
 
 
 def facts(config) -> dict[str, Any]:
@@ -175,6 +177,8 @@ def draw(
       success=everywhere,
       frames=everywhere,
       times=everywhere,
+      not_finite_at=everywhere,
+      label=layout.split if split else everywhere,
     ),
   )
 
@@ -190,37 +194,10 @@ def draw(
       mine = {key: spread(value[members]) for key, value in rows.items()}
       rng = jax.random.fold_in(jax.random.key(run.model.config.seed), number)
       found = make(run.params, rng, mine, shared or {})
-      check_samples(run.model.config, found, DIVERGED if guide else math.inf)
+      limit = DIVERGED if guide else math.inf
+      experiment.check_samples(run.model.config, found, limit)
     yield number, found
     progress(min(count, start + size))
-
-
-def check_samples(config, samples: Samples, largest: float):
-  """Raise FloatingPointError for samples that cannot be used.
-
-  Args:
-    config: a ConfigDict.
-    samples: what a sampler returned.
-    largest: absolute value that samples must be below.
-  """
-  if not samples.success:
-    chosen = schema.chosen_keys(config)
-    keys = [
-      f'config.{path}'
-      for path in schema.marked(config, 'cost')
-      if path.endswith('tol') and path in chosen
-    ]
-    raise FloatingPointError(
-      f'The solver {config.sampling.method!r} did not reach t = eps; larger '
-      f'{" and ".join(keys)} may help.'
-    )
-  for shard in samples.x.addressable_shards:
-    if not np.all(np.abs(np.asarray(shard.data)) < largest):  # Nor is NaN.
-      raise FloatingPointError(
-        f'Samples diverged (values of {largest:g} or more, or not a number): '
-        'use more config.sampling.num_steps or, with a control, a lower '
-        'config.control.scale or a higher config.control.ramp or noise_std.'
-      )
 
 
 def draw_all(run: Run, count: int, **options):

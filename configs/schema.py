@@ -14,8 +14,10 @@ Marks say what depends on a key:
 - cost: it sets the number of score evaluations.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -33,8 +35,9 @@ from models import score
 from runtime import options
 from runtime.options import Options, option
 
-POSITIVE = '[1, inf)'
-OR_NEVER = '[0, inf)'
+# Counts are 32-bit integers on the devices.
+POSITIVE = '[1, 2147483647]'
+OR_NEVER = '[0, 2147483647]'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,11 @@ class Top(Options):
   """Keys that are in no section."""
 
   seed: int = option(
-    42, 'Seed of everything random.', '[0, inf)', marks=('samples',)
+    # The keys of JAX have 32 bits; some are of seed + 1.
+    42,
+    'Seed of everything random.',
+    '[0, 4294967295)',
+    marks=('samples',),
   )
 
 
@@ -75,10 +82,13 @@ class Training(Options):
     128, 'Examples of a step, on all devices together.', POSITIVE
   )
   n_iters: int = option(1_300_000, 'Training steps.', OR_NEVER)
+  allow_other_data: bool = option(
+    False, 'Whether a run may be resumed with other images than before.'
+  )
   num_scales: int = option(
     0,
     'Noise levels that the network is trained on; 0 for continuous time.',
-    '[0, inf)',
+    '[0, 1e7]',
     formerly='sde.num_scales',
     marks=('run', 'samples'),
   )
@@ -127,7 +137,7 @@ class Sampling(Options):
     0,
     'States that --mode sample shows on the way from noise to samples; 0 for '
     'none, else 2 or more.',
-    '[0, inf)',
+    '[0, 1e4]',
     marks=(),
   )
   rounding: str = option(
@@ -173,7 +183,7 @@ class Evaluation(Options):
     choices=(*likelihood.PROBES, 'exact'),
   )
   bpd_probes: int = option(
-    1, 'Probes per image; from 2 on their error is known.', POSITIVE
+    1, 'Probes per image; from 2 on their error is known.', '[1, 1e6]'
   )
   bpd_repeats: int = option(
     5, 'Passes over the test set, each dequantised anew.', POSITIVE
@@ -335,6 +345,10 @@ def check(config) -> None:
       raise ValueError(unknown(path))
     if wrong := options.problem(KEYS[path].option, value):
       raise ValueError(f'config.{path}={value!r} {wrong}')
+  for section, declared in SECTIONS.items():
+    for o in (o for owner in declared.owners for o in options.declared(owner)):
+      if declared.varies and f'{section}.{o.name}' not in values:
+        raise ValueError(f'config.{section}.{o.name} is missing.')
   chosen = chosen_keys(config)
   for path in values:
     section = path.partition('.')[0]
@@ -412,8 +426,11 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
       value = old.pop(key.option.formerly)
       if path.partition('.')[0] in present:
         old[path] = value
-    if old.get(path) in key.option.renamed:
-      old[path] = key.option.renamed[old[path]]
+    value = old.get(path)
+    if isinstance(value, str) and value in key.option.renamed:
+      old[path] = key.option.renamed[value]
+    if value in ('inf', '-inf') and key.option.type is float:
+      old[path] = float(value)  # JSON has no infinite numbers.
   nested = {}
   for path, value in old.items():
     section, _, name = path.rpartition('.')
@@ -427,6 +444,8 @@ def from_dict(values: dict[str, Any]) -> ml_collections.ConfigDict:
   Raises:
     ValueError: a key does not exist.
   """
+  if not isinstance(values, Mapping):
+    raise ValueError(f'A config is a mapping of sections, not {values!r:.40}.')
   config = defaults()
   for path, value in leaves(upgrade(values)):
     section, _, name = path.rpartition('.')
@@ -440,8 +459,13 @@ def override(config, path: str, value) -> None:
   """Set a key of a ConfigDict in place, as the command line does."""
   section, _, name = path.rpartition('.')
   target = config[section] if section else config
-  with config.unlocked():
-    target[name] = KEYS[path].option.renamed.get(value, value)
+  declared = KEYS[path].option
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(config.unlocked())
+    if isinstance(declared.type, types.UnionType):
+      # ConfigDict would refuse text where the default is a number.
+      stack.enter_context(config.ignore_type())
+    target[name] = declared.renamed.get(value, value)
 
 
 # ------------------------------------------------------------ documentation

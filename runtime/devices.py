@@ -2,6 +2,7 @@
 
 import math
 import typing
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -91,10 +92,33 @@ def replicated(like, layout):
 
 def all_hosts(flag) -> bool:
   """Return whether the flag is true on every host; all hosts must call it."""
-  flags = np.asarray(flag)
+  flags = np.asarray(bool(flag))
   if jax.process_count() > 1:
     flags = multihost_utils.process_allgather(flags)
   return bool(np.all(flags))
+
+
+def largest(value: int) -> int:
+  """Return the largest number of all hosts; all hosts must call it."""
+  if jax.process_count() == 1:
+    return value
+  return int(np.max(multihost_utils.process_allgather(np.asarray(value))))
+
+
+def on_first_host(function: Callable, *arguments) -> None:
+  """Call a function on the first host; if it fails, every host raises.
+
+  Raises:
+    Exception: what the function raised there; ValueError on the other hosts.
+  """
+  error = None
+  if jax.process_index() == 0:
+    try:
+      function(*arguments)
+    except Exception as failed:  # Raised when the other hosts know.
+      error = failed
+  if not all_hosts(error is None):
+    raise error or ValueError('The first process stopped, and says why.')
 
 
 def barrier(name):

@@ -1,14 +1,16 @@
 """Atomic writes, the cache folder, and digests of content."""
 
 import contextlib
+import errno
 import hashlib
 import json
+import math
 import os
 import pathlib
 import secrets
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -43,15 +45,28 @@ def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
   # The random part of the name keeps several processes apart.
   part = path.with_name(f'{path.name}.{secrets.token_hex(4)}.part')
   try:
-    yield part
-    for file in part.rglob('*') if part.is_dir() else [part]:
-      _flush(file)
+    with naming(path):
+      yield part
+      for file in part.rglob('*') if part.is_dir() else [part]:
+        _flush(file)
     os.replace(part, path)
   except BaseException:
     if part.is_dir():
       shutil.rmtree(part, ignore_errors=True)
     part.unlink(missing_ok=True)
     raise
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+  """Name the file in an error that does not: a full disk does not say whose."""
+  try:
+    yield
+  except OSError as error:
+    if error.errno is None or error.filename is not None:
+      raise
+    reason = os.strerror(error.errno)
+    raise OSError(f'{path} cannot be written: {reason}.') from error
 
 
 def _flush(path):
@@ -68,8 +83,35 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-  """Write a value as JSON atomically."""
-  write_text(path, json.dumps(value, indent=1) + '\n')
+  """Write a value as strict JSON atomically; see `to_json`."""
+  write_text(path, to_json(value, indent=1) + '\n')
+
+
+def to_json(value: Any, **options: Any) -> str:
+  """Return a value as strict JSON, which has finite numbers only.
+
+  NaN stands for what is not known, and becomes null. The infinities become the
+  strings 'inf' and '-inf', which `float` reads.
+
+  Args:
+    value: nested dicts, lists and tuples of texts, numbers and None.
+    **options: of `json.dumps`.
+
+  Example:
+    >>> to_json({'a': (float('nan'), float('inf'), 1.0)})
+    '{"a": [null, "inf", 1.0]}'
+  """
+  return json.dumps(_strict(value), allow_nan=False, **options)
+
+
+def _strict(value):
+  if isinstance(value, dict):
+    return {key: _strict(v) for key, v in value.items()}
+  if isinstance(value, list | tuple):
+    return [_strict(v) for v in value]
+  if isinstance(value, float) and not math.isfinite(value):
+    return None if math.isnan(value) else str(value)
+  return value
 
 
 def save_npz(path: str | os.PathLike, **arrays: Any) -> None:
@@ -85,19 +127,111 @@ def load_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
     FileNotFoundError: there is no such file.
     ValueError: the file is damaged, or is no .npz of plain arrays.
   """
+  arrays = load_arrays(path, 'a readable .npz file')
+  if isinstance(arrays, np.ndarray):
+    raise ValueError(f'{path} is an .npy, not an .npz of named arrays.')
+  return arrays
+
+
+class Bounded:
+  """A binary stream that reserves no more memory than it has bytes.
+
+  Readers of formats ask for as many bytes as a file says, a damaged file says
+  anything, and a stream of Python reserves what it is asked for.
+  """
+
+  def __init__(self, stream):
+    self._stream, at = stream, stream.tell()
+    self._size = stream.seek(0, os.SEEK_END)
+    stream.seek(at)
+
+  def read(self, size=-1):
+    """Return the next bytes: `size` of them, or as many as there are."""
+    left = max(self._size - self._stream.tell(), 0)
+    whole = size is None or size < 0
+    return self._stream.read(left if whole else min(size, left))
+
+  def __getattr__(self, name):
+    return getattr(self._stream, name)
+
+  def __iter__(self):
+    return iter(self._stream)
+
+
+def load_arrays(
+  path: str | os.PathLike, what: str = 'an .npz of plain arrays, or an .npy'
+) -> np.ndarray | dict[str, np.ndarray]:
+  """Return the arrays of an .npz file by their names, or that of an .npy file.
+
+  Memory is reserved for what is in the file, not for what its header says.
+
+  Args:
+    path: path of the file.
+    what: what the file should be, for errors.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: the file is damaged, or holds other objects than plain arrays.
+  """
   try:
-    with np.load(path, allow_pickle=False) as file:
-      return dict(file)
+    with open(path, 'rb') as stream:
+      file, size = Bounded(stream), os.fstat(stream.fileno()).st_size
+      if not zipfile.is_zipfile(file):
+        file.seek(0)
+        return _read_array(file, size)
+      arrays = {}
+      with zipfile.ZipFile(file) as archive:
+        for info in archive.infolist():
+          # Deflate makes data at most 1032 times smaller.
+          if info.file_size > 1032 * size:
+            raise ValueError(f'{info.filename} is larger than the file can be')
+          with archive.open(info) as member:
+            name = info.filename.removesuffix('.npy')
+            arrays[name] = _read_array(member, info.file_size)
+      return arrays
   except FileNotFoundError:
     raise FileNotFoundError(f'There is no file {path}.') from None
-  except (ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile) as e:
-    raise ValueError(f'{path} is not a readable .npz file: {e}') from None
+  except Exception as error:  # A damaged file can raise nearly any type.
+    reason = ' '.join(str(error).split()) or type(error).__name__
+    raise ValueError(f'{path} is not {what}: {reason:.200}') from None
+
+
+def _read_array(stream, size):
+  """Return the array of an .npy stream that has `size` bytes."""
+  header = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+  }[np.lib.format.read_magic(stream)]
+  shape, _, dtype = header(stream)
+  if math.prod(shape) * dtype.itemsize > size - stream.tell():
+    raise ValueError(f'an array of {shape} {dtype} is cut short')
+  stream.seek(0)
+  return np.lib.format.read_array(stream, allow_pickle=False)
 
 
 def cache_dir() -> pathlib.Path:
   """Return the cache folder: $SCORE_SDE_CACHE, else ~/.cache/score_sde."""
   default = pathlib.Path.home() / '.cache' / 'score_sde'
-  return pathlib.Path(os.environ.get('SCORE_SDE_CACHE') or default)
+  chosen = pathlib.Path(os.environ.get('SCORE_SDE_CACHE') or default)
+  return chosen.expanduser()
+
+
+def make_cache_dir() -> None:
+  """Make the cache folder.
+
+  Raises:
+    OSError: it cannot be made, or nothing can be written there.
+  """
+  folder = cache_dir()
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+      raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+  except OSError as error:
+    raise OSError(
+      f'The cache folder {folder} cannot be made or written '
+      f'({error.strerror}): set $SCORE_SDE_CACHE to another folder.'
+    ) from None
 
 
 def digest(*parts: Any) -> str:
@@ -111,6 +245,11 @@ def digest(*parts: Any) -> str:
     >>> digest(np.arange(3), 'name') == digest(np.arange(3), 'name')
     True
   """
+  return digest_all(parts)
+
+
+def digest_all(parts: Iterable[Any]) -> str:
+  """Return the `digest` of parts that need not be in memory together."""
   whole = hashlib.sha256()
   for part in parts:
     if isinstance(part, np.ndarray):

@@ -1,5 +1,6 @@
 """Progress of long work, lines for the user, and the log of a training run."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -9,7 +10,7 @@ import time
 import jax
 import tqdm
 
-from runtime.files import write_text
+from runtime.files import naming, to_json, write_text
 
 _BAR = '{desc} {n}/{total} {bar} {rate_noinv_fmt} {remaining} left{postfix}'
 
@@ -82,53 +83,118 @@ class Progress:
     say(' '.join(line.split()))
 
 
+class _Board:
+  """Write scalars for TensorBoard, in this thread: an error is raised here."""
+
+  def __init__(self, folder, first_step):
+    """Make the folder and hide earlier scalars of `first_step` and later."""
+    from tensorboardX import event_file_writer
+    from tensorboardX.proto import event_pb2, summary_pb2
+
+    self._event = event_pb2.Event
+    self._summary = summary_pb2.Summary
+    folder.mkdir(exist_ok=True)
+    # Two runs may begin in the same second.
+    suffix = f'.{os.getpid()}'
+    self._file = event_file_writer.EventsWriter(str(folder / 'events'), suffix)
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._file.write_event(self._event(step=first_step, session_log=start))
+
+  def write(self, record):
+    """Add an entry of the log."""
+    values = [
+      self._summary.Value(tag=name, simple_value=value)
+      for name, value in record.items()
+      if name != 'step'
+    ]
+    self._file.write_event(
+      self._event(
+        step=record['step'],
+        wall_time=time.time(),
+        summary=self._summary(value=values),
+      )
+    )
+    self._file.flush()
+
+  def close(self):
+    """Close the file."""
+    self._file.close()
+
+
 class Log:
   """Write scalars of a run as JSON lines and for TensorBoard.
 
   A context manager; the files are workdir/train.jsonl and workdir/tensorboard.
-  Only the first host writes.
+  They are opened by the first entry. Only the first host writes.
   """
 
   def __init__(self, workdir, *, resumed_at):
-    """Open the files and remove entries of steps after `resumed_at`.
+    """Say where the log is, and from which step on it is written.
 
     Args:
       workdir: folder of the run.
       resumed_at: step from which training continues. Later steps will be made
         again, so their entries are removed.
     """
+    self._folder, self._resumed_at = pathlib.Path(workdir), resumed_at
+    self._path = self._folder / 'train.jsonl'
     self._file = self._board = None
-    if jax.process_index() != 0:
-      return
-    from tensorboardX import SummaryWriter
 
-    path = pathlib.Path(workdir) / 'train.jsonl'
-    if path.is_file():
-      lines = [
-        line
-        for line in path.read_text().splitlines(keepends=True)
+  def _open(self):
+    """Open the files and remove entries of steps after `resumed_at`."""
+    self._folder.mkdir(parents=True, exist_ok=True)
+    if self._path.is_file():
+      write_text(self._path, ''.join(self._kept()))
+    self._file = self._path.open('a')
+    self._board = _Board(self._folder / 'tensorboard', self._resumed_at + 1)
+
+  def _kept(self):
+    """Return the lines of steps that are not made again; name damaged ones."""
+    kept, damaged = [], []
+    text = self._path.read_bytes().decode(errors='replace')
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
+      step = _step_of(line)
+      if step is None:
         # A line without an end was cut when the process was killed.
-        if line.endswith('\n') and json.loads(line)['step'] <= resumed_at
-      ]
-      write_text(path, ''.join(lines))
-    self._file = path.open('a')
-    self._board = SummaryWriter(
-      os.fspath(pathlib.Path(workdir) / 'tensorboard'),
-      purge_step=resumed_at + 1,
-    )
+        damaged += [number] if line.endswith('\n') else []
+      elif step <= self._resumed_at and line.endswith('\n'):
+        kept.append(line)
+    if damaged:
+      copy = self._path.with_name(f'{self._path.name}.damaged')
+      write_text(copy, text)
+      say(
+        f'warning: {self._path} is damaged in line {damaged[0]}'
+        f'{f" and {len(damaged) - 1} more" if damaged[1:] else ""}: removed '
+        f'there and kept in {copy}.'
+      )
+    return kept
 
   def __enter__(self):
     return self
 
   def __exit__(self, *_):
-    if self._file:
-      self._file.close()
-      self._board.close()
+    for file in (self._file, self._board):
+      if file is not None:
+        # Each entry was flushed; a disk that is full is an error already.
+        with contextlib.suppress(OSError):
+          file.close()
 
   def write(self, step, **scalars):
     """Add scalars of a step."""
-    if self._file:
-      record = {'step': step, **{k: float(v) for k, v in scalars.items()}}
-      print(json.dumps(record), file=self._file, flush=True)
-      for name, value in scalars.items():
-        self._board.add_scalar(name, float(value), step)
+    if jax.process_index() != 0:
+      return
+    if self._file is None:
+      self._open()
+    record = {'step': step, **{k: float(v) for k, v in scalars.items()}}
+    with naming(self._path):
+      print(to_json(record), file=self._file, flush=True)
+      self._board.write(record)
+
+
+def _step_of(line):
+  """Return the step of a line of the log, or None if it is no entry."""
+  try:
+    step = json.loads(line)['step']
+  except (ValueError, TypeError, KeyError):
+    return None
+  return step if isinstance(step, int) else None

@@ -23,6 +23,8 @@ from typing import Any, BinaryIO
 import jax.numpy as jnp
 import numpy as np
 
+from runtime.files import Bounded
+
 _DTYPES = {
   'torch.FloatStorage': np.dtype('<f4'),
   'torch.DoubleStorage': np.dtype('<f8'),
@@ -66,7 +68,7 @@ def load(file: str | os.PathLike | BinaryIO) -> Any:
   if not hasattr(file, 'read'):
     with open(file, 'rb') as stream:
       return load(stream)
-  label = getattr(file, 'name', 'the stream')
+  label, file = getattr(file, 'name', 'the stream'), Bounded(file)
   try:
     if zipfile.is_zipfile(file):
       return _load_zip(file)

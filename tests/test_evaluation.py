@@ -337,3 +337,74 @@ def test_distances_of_shifted_points():
   # Of normal distributions far apart: 2 E|x - y| - 2 E|x - x'|.
   far = evaluation.energy_distance(x, y + np.array([100.0, 0.0]))
   np.testing.assert_allclose(far, 2 * 100 - 2 * np.sqrt(np.pi), rtol=2e-3)
+
+
+# --- Few images, sure classes, and what cannot be had -------------------------
+
+
+def test_inception_score_of_sure_classes_that_are_not_all_there():
+  """0 log 0 is 0: nine sure classes of ten have the score 9."""
+  for sure in (1e4, np.inf):
+    logits = np.where(np.eye(10)[np.arange(90) % 9] > 0, 0.0, -sure)
+    for splits in (1, 10):
+      got = evaluation.inception_score(logits, splits=splits)
+      assert got.value == pytest.approx(9) and got.std_error is not None
+  assert evaluation.inception_score(logits[:1], splits=1).std_error is None
+
+
+@pytest.mark.filterwarnings('ignore:FID of')
+@pytest.mark.parametrize('count', [1, 2, 3, 4, 5, 6, 7, 10, 11])
+def test_each_metric_has_a_value_or_a_note(count):
+  """None of them takes the others with it."""
+  rng = np.random.default_rng(count)
+  real, fake = rng.standard_normal((100, 3)), rng.standard_normal((count, 3))
+  stats = statistics.ReferenceStats(
+    mu=real.mean(axis=0), sigma=np.cov(real.T), count=100, features=real
+  )
+  batch = {'pool_3': fake, 'logits': rng.standard_normal((count, 4))}
+  for allow_few in (False, True):
+    got = evaluation.score_samples([batch], stats, allow_few=allow_few)
+    assert len(got) == 8
+    for name, metric in got.items():
+      assert (metric.value is None) != (metric.note == '') or name == 'fid'
+      for number in (metric.value, metric.std_error, metric.std):
+        assert number is None or np.isfinite(number), name
+    there = {name for name, metric in got.items() if metric.value is not None}
+    assert ('precision' in there) == ('recall' in there) == (count > 3)
+    assert ('density' in there) == ('coverage' in there) == (count > 5)
+    assert 'is_1_split' in there and ('is_10_splits' in there) == (count >= 10)
+    assert ('fid' in there) == (count > 3 or (allow_few and count > 1))
+  assert got['kid'].note.endswith(f'only 100 real and {count} generated.')
+
+
+def test_kid_says_how_many_there_are():
+  """Of the samples only as many are kept as the reference has features."""
+  rng = np.random.default_rng(0)
+  real, fake = rng.standard_normal((11, 3)), rng.standard_normal((16, 3))
+  stats = statistics.ReferenceStats(
+    mu=real.mean(axis=0), sigma=np.cov(real.T), count=11, features=real
+  )
+  with pytest.warns(UserWarning, match='FID of 11'):
+    got = evaluation.score_samples([{'pool_3': fake}], stats)
+  assert 'only 11 real and 16 generated' in got['kid'].note
+  note = got['is_1_split'].note
+  assert 'logits' in note and 'pytorch' not in note and 'eval.' not in note
+  with pytest.warns(UserWarning, match='FID of 11'):
+    got = evaluation.score_samples(
+      [{'pool_3': fake}], stats, logits_hint='my:net can return them'
+    )
+  assert got['is_1_split'].note.endswith('(pool_3); my:net can return them.')
+
+
+def test_standard_error_of_one_value_is_not_known():
+  assert evaluation.standard_error(np.array([3.0])) is None
+  assert evaluation.standard_error(np.array([1.0, 3.0])) == pytest.approx(1)
+
+
+def test_distances_of_one_point():
+  one, many = np.zeros((1, 2)), np.ones((5, 2))
+  (got,) = evaluation.attempted(
+    ('energy_distance',), 1, evaluation.energy_distance, one, many
+  ).values()
+  assert got.value is None and 'single point' in got.note
+  assert np.isfinite(evaluation.sliced_wasserstein(one, many))

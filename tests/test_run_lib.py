@@ -1,5 +1,6 @@
 """Training on many devices and hosts, killed and resumed, and diverging."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -22,6 +23,7 @@ import run_lib
 from checkpoints.workdir import Checkpoints
 from runtime.devices import make_layout, replicated, to_global
 from runtime.progress import Log
+from solvers.base import Samples
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -469,3 +471,36 @@ def test_due():
   )
   assert moment.due(3) and moment.due(0, 6) and moment.due(4, 2)
   assert not moment.due(0) and not moment.due(4, 0) and not moment.due()
+
+
+@pytest.mark.parametrize('dims', [0, 2])
+def test_a_snapshot_of_bad_samples_is_a_warning(dims, tmp_path, capsys):
+  """Training goes on, and no picture of them is written."""
+  config = tiny.get_config()
+  if dims:
+    config = experiment.load_config('configs/toy/rings_vp.py')
+  model = experiment.build(config)
+  shape = (64, *model.shape(1)[1:])
+  samples = Samples(
+    x=jnp.full(shape, jnp.nan),
+    nfe=jnp.asarray(3),
+    success=jnp.asarray(True),
+    frames=jnp.zeros((0, *shape)),
+    times=jnp.zeros(0),
+  )
+  stub = dataclasses.replace(model)
+  object.__setattr__(stub, 'make_sample', lambda n: lambda params, rng: samples)
+  hook = run_lib.draw_snapshot(stub, make_layout(), tmp_path)
+  state = run_lib.TrainState(step=8, params={}, opt_state={}, ema={})
+  hook(
+    run_lib.Moment(
+      step=8,
+      state=state,
+      losses=np.zeros(1),
+      first=False,
+      stopping='',
+      finished=True,
+    )
+  )
+  assert 'warning: no picture of samples at step 8' in capsys.readouterr().out
+  assert not list(tmp_path.iterdir())

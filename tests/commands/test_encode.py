@@ -168,7 +168,7 @@ def test_encode_mode(tmp_path, capsys):
   run_lib.train(config, tmp_path)
   config.sampling.update(num_samples=20, rtol=1e-4, atol=1e-4)
   encode.encode(config, tmp_path)
-  folder = tmp_path / 'latent' / 'step_2'
+  (folder,) = (tmp_path / 'latent').glob('step_2-*-20')
   with np.load(folder / 'codes.npz') as file:
     codes = dict(file)
   images = np.int32(codes['images'])

@@ -207,7 +207,7 @@ def test_two_hosts_share_the_work(run, tmp_path):
   evaluate.evaluate_images(config, workdir, theirs, 'one')
   two, one = (
     json.loads((workdir / name / 'results.json').read_text())[0]
-    | {'theirs': json.loads((workdir / name / 'theirs.json').read_text())}
+    | {'theirs': json.loads(next((workdir / name).glob('theirs*')).read_text())}
     for name in ('two', 'one')
   )
   for metric in ('fid', 'test_loss', 'bits_per_dim', 'precision'):
@@ -392,7 +392,8 @@ def test_user_images_are_scored(run, tmp_path, kind):
     for i, image in enumerate(images):
       Image.fromarray(image[..., 0]).save(path / f'{i:03}.png')
   evaluate.evaluate_images(config, tmp_path, path)
-  result = json.loads((tmp_path / 'eval' / 'theirs.json').read_text())
+  (written,) = (tmp_path / 'eval').glob('theirs*.json')
+  result = json.loads(written.read_text())
   assert result['fid']['count'] == result['count'] == 240
   # The FID does not depend on the order of the features.
   train = datasets.load(config.data, 'train').fetch(np.arange(1500))
@@ -405,18 +406,19 @@ def test_user_images_are_scored(run, tmp_path, kind):
 
   # It continues after a kill; changed images are other images.
   Pixels.calls = 0
-  file = sorted((tmp_path / 'eval').glob('images_theirs-*/*.npz'))[1]
+  file = sorted((tmp_path / 'eval').glob('images_theirs*/*.npz'))[1]
   file.unlink()
   evaluate.evaluate_images(config, tmp_path, path)
   assert Pixels.calls == 2
-  again = json.loads((tmp_path / 'eval' / 'theirs.json').read_text())
+  again = json.loads(written.read_text())
   assert again['fid'] == result['fid']
   if kind == 'npz':
     np.savez(path, arr_0=255 - images)
   else:
     Image.fromarray(255 - images[0, ..., 0]).save(path / '000.png')
   evaluate.evaluate_images(config, tmp_path, path)
-  again = json.loads((tmp_path / 'eval' / 'theirs.json').read_text())
+  (other,) = {*(tmp_path / 'eval').glob('theirs*.json')} - {written}
+  again = json.loads(other.read_text())
   assert again['fid'] != result['fid'] and again['count'] == 240
 
 
@@ -490,12 +492,12 @@ def test_a_solver_that_fails_says_what_may_help(run, method, key):
     times=jnp.zeros(0),
   )
   with pytest.raises(FloatingPointError, match=f'sampling.{key}'):
-    trained.check_samples(config, failed, np.inf)
-  trained.check_samples(config, failed._replace(success=True), np.inf)
+    experiment.check_samples(config, failed, np.inf)
+  experiment.check_samples(config, failed._replace(success=True), np.inf)
   for bad in (np.nan, np.inf, 1e5):
     diverged = failed._replace(success=True, x=failed.x.at[1, 2].set(bad))
     with pytest.raises(FloatingPointError, match='diverged'):
-      trained.check_samples(config, diverged, trained.DIVERGED)
+      experiment.check_samples(config, diverged, trained.DIVERGED)
 
 
 def test_export_and_import_are_a_round_trip(run, tmp_path):
@@ -595,3 +597,74 @@ def test_notebook_from_an_exported_file(run, tmp_path):
   assert nfe == model.config.sampling.num_steps and success
   pictures = model.sample(params, jax.random.key(0), 16)
   np.testing.assert_array_equal(pictures, pixels.to_uint8(images))
+
+
+# ------------------------------------------------ likelihoods within a batch
+
+
+def test_one_test_image_has_no_standard_error():
+  part = {'bits': np.array([3.0]), 'error': np.array([np.nan]), 'nfe': 50}
+  found = evaluate._summary([[part]], 64)
+  for metric in found.values():
+    assert metric['std_error'] is metric['probe_error'] is None
+    assert metric['value'] > 0 and metric['count'] == 1
+  part |= {'bits': np.array([3.0, 4.0]), 'error': np.array([0.1, 0.1])}
+  found = evaluate._summary([[part]], 64)
+  assert found['bits_per_dim']['std_error'] == pytest.approx(0.5)
+
+
+def points_model(monkeypatch, score):
+  """Return an Experiment of points with another score, and some points."""
+  config = experiment.load_config('configs/toy/rings_vp.py')
+  with config.unlocked():
+    config.eval.update(bpd_trace='exact', batch_size=100, bpd_repeats=1)
+  model = experiment.build(config)
+  scores = lambda self, params, **_: lambda x, t: score(x)
+  monkeypatch.setattr(experiment.Experiment, 'score_fn', scores)
+  return model, np.random.default_rng(0).normal(size=(100, 2))
+
+
+def test_long_likelihoods_report_progress(monkeypatch):
+  """In a batch; the numbers are those of one call, bit for bit."""
+  model, x = points_model(
+    monkeypatch, lambda x: -x * (1 + 0.1 * jnp.sin(9 * x))
+  )
+  x, key, reports = np.float32(x), jax.random.key(1), []
+  compute = evaluate._compile_bits(model, make_layout())
+  bits, _, found = compute({}, key, x, lambda *report: reports.append(report))
+  whole, _, nfe, success = jax.jit(model.bits_per_dim)({}, key, x)
+  np.testing.assert_array_equal(bits, whole)
+  assert success and found.success and int(found.nfe) == int(nfe)
+  times, evaluations = zip(*reports, strict=True)
+  assert len(reports) > 1 and list(times) == sorted(times) and times[-1] == 1
+  assert evaluations[0] == 2 + 6 * evaluate.STRETCH
+  assert evaluations[-1] == int(nfe)
+
+
+def test_a_score_that_is_not_finite_is_named(monkeypatch, tmp_path):
+  """At once, and without advice about tolerances."""
+  model, _ = points_model(monkeypatch, lambda x: x * jnp.nan)
+  layout = make_layout()
+  run = trained.Run(
+    model=model, workdir=tmp_path, step=1, params={}, layout=layout
+  )
+  test_set = datasets.load(model.config.data, 'test')
+  compute = evaluate.likelihood_evaluator(model, test_set, layout)
+  with pytest.raises(FloatingPointError) as error:
+    compute(run, tmp_path)
+  line = str(error.value)
+  assert 'test batch 0: the score is not finite at t = 1e-05' in line
+  assert 'rtol' not in line and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('method', ['ode', 'adaptive_sde'])
+def test_samples_of_a_score_that_is_not_finite(monkeypatch, tmp_path, method):
+  model, _ = points_model(monkeypatch, lambda x: x * jnp.nan)
+  with model.config.unlocked():
+    model.config.sampling.method = method
+  model = experiment.build(model.config)
+  run = trained.Run(
+    model=model, workdir=tmp_path, step=1, params={}, layout=make_layout()
+  )
+  with pytest.raises(FloatingPointError, match='is not finite at t = 1[.]'):
+    next(trained.draw(run, 8, 8))

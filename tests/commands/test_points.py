@@ -70,7 +70,7 @@ def test_trains_and_evaluates(tmp_path):
   (folder,) = (tmp_path / 'eval').glob('step_600-*')
   for name in ('score_field', 'density', 'trajectories'):
     picture(folder / f'{name}.png')
-  saved = np.load(folder / 'samples.npz')
+  saved = np.load(folder / 'samples_2000.npz')
   assert saved['points'].shape == (2000, 2)
 
 

@@ -268,7 +268,8 @@ def test_any_sampler_on_any_config(method, options, name, monkeypatch):
   sample, shape = model.make_sample(2, guide=guide, frames=3), model.shape(2)
   z, push = jnp.zeros(shape), jnp.zeros(shape)
   result = jax.eval_shape(sample, None, jax.random.key(0), z, push=push)
-  assert [v.shape for v in result] == [shape, (), (), (3, *shape), (3,)]
+  first = [v.shape for v in result[:5]]
+  assert first == [shape, (), (), (3, *shape), (3,)]
   assert isinstance(seen[0], sde_lib.SDE)
 
 

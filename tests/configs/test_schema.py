@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import jax
 import ml_collections
@@ -10,7 +11,7 @@ import pytest
 
 import experiment
 from configs import schema
-from runtime import options
+from runtime import files, options
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -156,7 +157,7 @@ def test_wrong_type(value):
     ('training__ema_rate', True, 'float'),
     ('optim__lr', None, 'float'),
     ('sampling__final_denoise', 'yes', 'bool'),
-    ('control__label', 0.5, 'int'),
+    ('control__label', 0.5, 'int or str'),
     ('eval__checkpoint', None, 'str or int'),
   ],
 )
@@ -480,3 +481,124 @@ def test_sampler_has_the_options_of_its_section():
   assert model.sampler.corrector.snr == 0.2
   assert model.sampler.num_scales == 0
   assert jax.tree.leaves(model.abstract_params())
+
+
+# -------------------------------------------------------------------- numbers
+
+
+def _numbers():
+  """Yield the keys whose values are numbers."""
+  for path, key in schema.KEYS.items():
+    wanted = options.type_name(key.option.type)
+    free = key.option.choices or key.option.table
+    if not free and re.search(r'\b(int|float)\b', wanted):
+      yield path
+
+
+@pytest.mark.parametrize('path', [*_numbers()])
+def test_every_number_has_a_range(path):
+  """Nonsense is refused: not a number, infinite, and beyond the ends."""
+  o = schema.KEYS[path].option
+  if path == 'eval.checkpoint':  # A step, or a word.
+    return
+  assert o.within
+  many = isinstance(o.default, tuple)
+  make = (lambda v: (v,)) if many else lambda v: v
+  whole = o.type is int or many
+  refused = [float('nan'), float('-inf'), True, 'a', None]
+  if path != 'sampling.s_max':  # All noise levels.
+    refused.append(float('inf'))
+  low, high = map(float, o.within[1:-1].split(','))
+  for end, beyond, open_end in (
+    (low, -1, o.within[0] == '('),
+    (high, 1, o.within[-1] == ')'),
+  ):
+    if np.isfinite(end):
+      refused += [end + beyond, end + 1000 * beyond]
+      refused += [end] * open_end
+  for value in refused:
+    if whole and isinstance(value, float) and value.is_integer():
+      value = int(value)
+    if isinstance(value, str) and o.type == int | str:
+      continue
+    assert options.problem(o, make(value)), value
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'training__eps': 1e-46, 'sde': 'vp'}, 'config.training.eps=1e-46'),
+    ({'training__eps': 0.0, 'sde': 'vp'}, 'config.training.eps=0.0 does not'),
+    ({'training__eps': 0.0, 'sde': 'edm'}, 'config.training.eps=0.0 does not'),
+    ({'training__eps': 1e-30, 'sde': 'subvp'}, 'config.training.eps=1e-30'),
+    ({'sampling__eps': 1e-46, 'sde': 'vp'}, 'config.sampling.eps=1e-46'),
+    ({'eval__bpd_eps': 1e-46, 'sde': 'vp'}, 'config.eval.bpd_eps=1e-46'),
+    ({'sde__sigma_max': 1e30}, 'no finite signal-to-noise ratio at t = 1'),
+    ({'sampling__frames': 5}, 'sampling.frames=5 is more than the 3 states'),
+    (
+      {'sampling__eps': 0.9999999, 'sampling__num_steps': 9},
+      'times would repeat in float32',
+    ),
+    (
+      {'sampling__method': 'heun', 'sampling__s_min': 60.0},
+      'config.sampling.s_min=60.0 is above config.sampling.s_max=50.0',
+    ),
+    ({'model__ch_mult': ()}, 'ch_mult=[(][)] is empty'),
+    ({'data__dims': 2}, "name='ncsnpp' cannot take data of config.data.dims=2"),
+    ({'model__ch_mult': (1, 1, 1, 1, 1)}, 'config.data.image_size=8: .*pixels'),
+  ],
+)
+def test_keys_that_depend_on_each_other(changes, message):
+  process = changes.pop('sde', None)
+  config = changed(**changes)
+  if process:
+    config.sde = {'name': process}
+    config.model.update(conditioning='time', embedding_type='positional')
+  with pytest.raises(ValueError, match=message) as error:
+    experiment.build(config)
+  assert '\n' not in str(error.value)
+
+
+def test_times_that_suit_the_process():
+  """Variance-exploding noise is there at t = 0 too, and levels have theirs."""
+  experiment.build(tiny.get_config(training__eps=0.0))
+  config = changed(training__eps=0.0, training__num_scales=10)
+  config.sde = {'name': 'ddpm', 'beta_min': 0.01, 'beta_max': 5.0}
+  config.model.update(conditioning='ddpm_label', embedding_type='positional')
+  config.training.times = 'grid'
+  experiment.build(config)
+  config.sde = {'name': 'vp'}  # Its noise is zero at t = 0.
+  with pytest.raises(ValueError, match='config.training.eps'):
+    experiment.build(config)
+
+
+def test_levels_of_ncsn():
+  config = experiment.load_config(ROOT / 'configs/ve/ncsn/cifar10.py')
+  with config.unlocked():
+    config.model.num_classes = 9
+  with pytest.raises(ValueError, match='num_classes=9 needs to equal config'):
+    experiment.build(config)
+
+
+def test_attention_at_no_resolution():
+  with pytest.warns(UserWarning, match='no effect at 16: .*resolutions 8[.]'):
+    experiment.build(tiny.get_config(model__attn_resolutions=(16, 8)))
+
+
+def test_infinity_in_json():
+  """It is the text 'inf', because JSON has no such number."""
+  config = tiny.get_config(sampling__s_max=float('inf'))
+  stored = json.loads(files.to_json(experiment.json_of(config)))
+  assert stored['sampling']['s_max'] == 'inf'
+  assert schema.from_dict(stored) == config
+
+
+@pytest.mark.parametrize('values', [[1], 3, 'text', None])
+def test_a_config_that_is_no_mapping(values):
+  with pytest.raises(ValueError, match='mapping of sections'):
+    schema.from_dict(values)
+
+
+def test_a_config_without_a_process():
+  with pytest.raises(ValueError, match='config.sde.name is missing'):
+    schema.check(schema.from_dict({'seed': 1}))

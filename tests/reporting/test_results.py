@@ -205,3 +205,15 @@ def test_trajectories_are_strips_and_films(tmp_path):
     with Image.open(tmp_path / f'{name}.gif') as film:
       assert film.n_frames == count
   assert not list(tmp_path.glob('*.part'))
+
+
+def test_numbers_that_are_not_known():
+  """NaN of an older file is shown as what it is: not known."""
+  nan = float('nan')
+  metrics = {
+    'loss': {'value': 1.5, 'std_error': nan},
+    'fid': {'value': nan, 'std_error': 0.1, 'note': 'why'},
+    'bits': {'value': 3.0, 'std_error': None, 'probe_error': nan},
+  }
+  text = results.table([{'step': 1, **metrics}])
+  assert 'nan' not in text and 'n/a' in text and '+-' not in text

@@ -1,8 +1,10 @@
 """Files are complete or absent, and digests identify content."""
 
 import doctest
+import io
 import json
 import os
+import zipfile
 
 import numpy as np
 import pytest
@@ -108,3 +110,52 @@ def test_digest():
 
 def test_examples():
   assert doctest.testmod(files).failed == 0
+
+
+def test_json_is_strict(tmp_path):
+  """NaN becomes null, and the infinities are texts that float reads."""
+  value = {'a': [1.0, float('nan')], 'b': (float('inf'), -float('inf'), None)}
+  files.write_json(tmp_path / 'a.json', value)
+
+  def refuse(constant):
+    raise ValueError(constant)
+
+  text = (tmp_path / 'a.json').read_text()
+  found = json.loads(text, parse_constant=refuse)
+  assert found == {'a': [1.0, None], 'b': ['inf', '-inf', None]}
+  assert float(found['b'][0]) == float('inf')
+
+
+def test_arrays_reserve_what_is_in_the_file(tmp_path):
+  """The header says 8 TB."""
+  path = tmp_path / 'a.npy'
+  with open(path, 'wb') as file:
+    np.lib.format.write_array_header_1_0(
+      file, {'descr': '<f8', 'fortran_order': False, 'shape': (10**12,)}
+    )
+    file.write(bytes(64))
+  with pytest.raises(ValueError, match=r'a\.npy is not .*is cut short'):
+    files.load_arrays(path)
+  with pytest.raises(ValueError, match=r'a\.npy is not'):
+    files.load_npz(path)
+  with zipfile.ZipFile(tmp_path / 'b.npz', 'w') as archive:
+    archive.write(path, 'x.npy')
+  with pytest.raises(ValueError, match=r'b\.npz is not .*is cut short'):
+    files.load_npz(tmp_path / 'b.npz')
+  np.save(path, np.arange(6).reshape(2, 3))
+  np.testing.assert_array_equal(files.load_arrays(path), [[0, 1, 2], [3, 4, 5]])
+
+
+def test_a_bounded_stream_asks_for_what_there_is(tmp_path):
+  asked = []
+
+  class Stream(io.BytesIO):
+    def read(self, size=-1):
+      asked.append(size)
+      return super().read(size)
+
+  stream = files.Bounded(Stream(b'abcdef'))
+  assert stream.read(4) == b'abcd' and stream.read(2**40) == b'ef'
+  stream.seek(1)
+  assert stream.read() == b'bcdef' and stream.read(3) == b''
+  assert max(asked) <= 6

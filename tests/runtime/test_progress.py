@@ -75,3 +75,22 @@ def test_progress_on_a_terminal(monkeypatch, capsys):
   assert lines[-1].startswith('step 50/50 ')
   assert lines[-1].endswith(' steps/s 00:00 left, loss 0.25')
   assert text.endswith('\n')
+
+
+def test_a_damaged_line_of_the_log_is_named_and_left_out(tmp_path, capsys):
+  path = tmp_path / 'train.jsonl'
+  bad = ['{"step": 2, "lo\n', '7\n', '{"loss": 3}\n', '{"step": null}\n']
+  good = '{"step": 1, "loss": 0.5}\n'
+  path.write_text(''.join([good, *bad]))
+  with Log(tmp_path, resumed_at=2) as log:
+    log.write(3, loss=7)
+  assert [entry['step'] for entry in read(tmp_path)] == [1, 3]
+  said = capsys.readouterr().out
+  assert said.startswith(f'warning: {path} is damaged in line 2 and 3 more')
+  assert (tmp_path / 'train.jsonl.damaged').read_text() == good + ''.join(bad)
+
+
+def test_nothing_is_written_before_the_first_entry(tmp_path):
+  with Log(tmp_path / 'run', resumed_at=0):
+    pass
+  assert not (tmp_path / 'run').exists()

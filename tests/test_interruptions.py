@@ -1,0 +1,233 @@
+"""What stops a training: signals, other trainings, errors before it began."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import experiment
+import run_lib
+from checkpoints.workdir import Checkpoints, read_config
+from runtime.locks import lock
+from runtime.progress import Log
+from tests import tiny
+
+ROOT = pathlib.Path(__file__).parents[1]
+FEW = {'training__n_iters': 8, 'training__snapshot_freq': 0}
+
+
+def start(program, *arguments):
+  return subprocess.Popen(
+    [sys.executable, '-c', program, *map(str, arguments)],
+    cwd=ROOT,
+    env=os.environ | {'JAX_COMPILATION_CACHE_DIR': tiny.CACHE},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def points():
+  """Return the config of a model of points, which is compiled in no time."""
+  config = experiment.load_config(ROOT / 'configs' / 'toy' / 'rings_vp.py')
+  config.training.update(batch_size=16, n_iters=10_000, n_jitted_steps=1)
+  config.training.update(log_freq=1, eval_freq=0, snapshot_sampling=False)
+  return config
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """Return the workdir of eight steps, with the checkpoints 4 and 8."""
+  workdir = tmp_path_factory.mktemp('finished') / 'run'
+  run_lib.train(tiny.get_config(**FEW), workdir)
+  return workdir
+
+
+def losses(workdir):
+  lines = (workdir / 'train.jsonl').read_text().splitlines()
+  return [json.loads(line)['loss'] for line in lines]
+
+
+def ema(workdir, step):
+  model = experiment.build(tiny.get_config())
+  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  like = jax.tree.map(
+    lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding),
+    model.abstract_params(),
+  )
+  with Checkpoints(workdir) as saved:
+    return jax.tree.map(np.asarray, saved.restore(step, like, 'ema'))
+
+
+def assert_same(workdir, other):
+  assert losses(workdir) == losses(other)
+  ours, theirs = ema(workdir, 8), ema(other, 8)
+  jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def no_training(*_):
+  raise ValueError('This cannot be trained.')
+
+
+# ------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_stops(
+  finished, tmp_path, monkeypatch, capfd, number
+):
+  write = Log.write
+
+  def write_and_interrupt(self, step, **scalars):
+    write(self, step, **scalars)
+    if step == 5:
+      os.kill(os.getpid(), number)
+
+  before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+  with monkeypatch.context() as patch:
+    patch.setattr(Log, 'write', write_and_interrupt)
+    run_lib.train(tiny.get_config(**FEW), tmp_path)
+  after = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+  assert after == before
+  said = capfd.readouterr()
+  assert f'Stopped by {number.name}; step 6 is saved.' in said.out
+  assert f'{number.name}: the run saves and stops' in said.err
+  run_lib.train(tiny.get_config(**FEW), tmp_path)
+  assert 'Resuming at step 6.' in capfd.readouterr().out
+  assert_same(tmp_path, finished)
+
+
+def test_a_second_signal_stops_at_once():
+  program = """
+import os, run_lib, signal, time
+with run_lib._Interrupt():
+  os.kill(os.getpid(), signal.SIGINT)
+  print('goes on', flush=True)
+  os.kill(os.getpid(), signal.SIGINT)
+  time.sleep(60)
+"""
+  process = start(program)
+  out, err = process.communicate()
+  assert process.returncode == -signal.SIGINT
+  assert out == 'goes on\n'
+  assert err.count('SIGINT: the run saves and stops') == 1
+  assert 'Traceback' not in err
+
+
+# Trains on one of two hosts. Arguments: workdir, number of this host, port. The
+# second host alone gets a signal.
+HOST = """
+import os, signal, sys
+import jax
+workdir, host, port = sys.argv[1:]
+jax.config.update('jax_num_cpu_devices', 1)
+jax.distributed.initialize('127.0.0.1:' + port, 2, int(host))
+import run_lib
+from tests import test_interruptions
+class Watched(run_lib.Log):
+  def write(self, step, **scalars):
+    super().write(step, **scalars)
+    if step == 5 and host == '1':
+      os.kill(os.getpid(), signal.SIGNAME)
+run_lib.Log = Watched
+run_lib.train(test_interruptions.points(), workdir)
+"""
+
+
+@pytest.mark.parametrize('name', ['TERM', 'INT'])
+def test_a_signal_to_one_host_stops_all_at_the_same_step(tmp_path, name):
+  with socket.socket() as probe:
+    probe.bind(('127.0.0.1', 0))
+    port = probe.getsockname()[1]
+  program = HOST.replace('NAME', name)
+  hosts = [start(program, tmp_path, i, port) for i in range(2)]
+  outputs = [host.communicate() for host in hosts]
+  for host, (_, err) in zip(hosts, outputs, strict=True):
+    assert host.returncode == 0, err
+  assert f'Stopped by SIG{name}; step 6 is saved.' in outputs[0][0]
+  with Checkpoints(tmp_path) as saved:
+    assert saved.last == 6
+  assert not (tmp_path / 'train.lock').exists()
+
+
+# -------------------------------------------------------------- the workdir
+
+
+def test_two_trainings_in_one_workdir(finished):
+  config = tiny.get_config(**FEW | {'training__n_iters': 9})
+  before = {p: p.stat().st_mtime_ns for p in finished.rglob('*')}
+  with (
+    lock(finished / 'train.lock'),
+    pytest.raises(OSError, match=f'in use by process {os.getpid()} on host'),
+  ):
+    run_lib.train(config, finished)
+  after = {p: p.stat().st_mtime_ns for p in finished.rglob('*')}
+  assert {p: t for p, t in after.items() if p.is_file()} == {
+    p: t for p, t in before.items() if p.is_file()
+  }
+
+
+def test_a_run_that_never_began_claims_nothing(tmp_path, monkeypatch):
+  """So the command can be corrected and repeated in the same workdir."""
+  workdir = tmp_path / 'run'
+  with monkeypatch.context() as patch:
+    patch.setattr(run_lib, 'make_train_steps', lambda *_: no_training)
+    with pytest.raises(ValueError, match='cannot be trained'):
+      run_lib.train(tiny.get_config(model__nf=4), workdir)
+  assert not workdir.exists()
+  workdir.mkdir()
+  with monkeypatch.context() as patch:
+    patch.setattr(run_lib, 'make_train_steps', lambda *_: no_training)
+    with pytest.raises(ValueError, match='cannot be trained'):
+      run_lib.train(tiny.get_config(model__nf=4), workdir)
+  assert not (workdir / 'config.json').exists()
+  run_lib.train(tiny.get_config(**FEW), workdir)
+  assert read_config(workdir)['model']['nf'] == 8
+
+
+def test_a_first_step_that_is_not_finite_claims_nothing(tmp_path, monkeypatch):
+  def make_train_steps(*_):
+    return lambda state, batches: (state, np.full(1, np.nan))
+
+  monkeypatch.setattr(run_lib, 'make_train_steps', make_train_steps)
+  with pytest.raises(FloatingPointError, match='step 1 is not finite'):
+    run_lib.train(tiny.get_config(**FEW), tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
+# -------------------------------------------------------------------- damage
+
+
+def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(
+  finished, tmp_path, capsys
+):
+  run_lib.train(tiny.get_config(**FEW), tmp_path)
+  for path in (tmp_path / 'checkpoints' / '8').rglob('*'):
+    if path.is_file() and path.parent.name == 'd':
+      os.truncate(path, path.stat().st_size // 2)
+  log = tmp_path / 'train.jsonl'
+  lines = log.read_bytes().splitlines(keepends=True)
+  log.write_bytes(b''.join([*lines[:2], b'\xff\xfe no entry\n', *lines[2:]]))
+  capsys.readouterr()
+  run_lib.train(tiny.get_config(**FEW), tmp_path)
+  said = capsys.readouterr().out
+  assert f'warning: Checkpoint {tmp_path}/checkpoints/8 cannot be read' in said
+  assert 'Resuming at step 4.' in said
+  assert f'warning: {log} is damaged in line 3' in said
+  assert_same(tmp_path, finished)
+
+
+def test_a_full_disk_names_the_log(tmp_path):
+  (tmp_path / 'train.jsonl').symlink_to('/dev/full')
+  with (
+    Log(tmp_path, resumed_at=0) as log,
+    pytest.raises(OSError, match='jsonl cannot be written: No space left'),
+  ):
+    log.write(1, loss=2.0)
