@@ -241,7 +241,9 @@ def load_classifier(model):
       f'noise: {theirs}, the model for {ours}. Train one with the config.sde '
       'and config.data of the model.'
     )
-  return classifier, restore_ema(workdir, classifier.abstract_params())
+  # Every host has them all, as arrays of no device.
+  params = restore_ema(workdir, classifier.abstract_params())
+  return classifier, jax.tree.map(np.asarray, params)
 
 
 def classifier_task(model, workdir):

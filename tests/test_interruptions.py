@@ -11,10 +11,13 @@ import sys
 import jax
 import numpy as np
 import pytest
+from absl import app, flags
 
 import experiment
 import run_lib
 from checkpoints.workdir import Checkpoints, read_config
+from commands import control as control_command
+from commands import stats
 from runtime.locks import lock
 from runtime.progress import Log
 from tests import tiny
@@ -231,3 +234,93 @@ def test_a_full_disk_names_the_log(tmp_path):
     pytest.raises(OSError, match='jsonl cannot be written: No space left'),
   ):
     log.write(1, loss=2.0)
+
+
+# -------------------------------------------------------------- command line
+
+
+@pytest.fixture
+def home(monkeypatch, tmp_path):
+  """Return a home folder of its own, and run in another folder."""
+  monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+  monkeypatch.setenv('SCORE_SDE_CACHE', '~/cache')
+  (tmp_path / 'elsewhere').mkdir()
+  monkeypatch.chdir(tmp_path / 'elsewhere')
+  return tmp_path / 'home'
+
+
+def call(*arguments):
+  """Return what main.py says in its last line."""
+  import main
+
+  flags.FLAGS.unparse_flags()
+  config = f'--config={ROOT}/configs/toy/rings_vp.py'
+  with pytest.raises(SystemExit) as stopped:
+    argv = ['main.py', config, *arguments]
+    app.run(main.main, argv=argv, flags_parser=main.parse)
+  return stopped.value.code
+
+
+@pytest.mark.parametrize(
+  'flag',
+  ['config', 'workdir', 'samples', 'checkpoint', 'output', 'eval_folder'],
+)
+def test_paths_of_flags_may_begin_with_a_tilde(home, flag):
+  import main
+
+  flags.FLAGS.unparse_flags()
+  main.parse(
+    ['main.py', '--mode=train', '--workdir=w', f'--{flag}=~/a/b.safetensors']
+  )
+  assert flags.FLAGS[flag].value == f'{home}/a/b.safetensors'
+
+
+@pytest.mark.parametrize(
+  ('mode', 'key'),
+  [
+    ('train', 'data.path'),
+    ('stats', 'eval.inception_path'),
+    ('eval', 'eval.stats_path'),
+    ('sample', 'control.images'),
+    ('sample', 'control.classifier_workdir'),
+  ],
+)
+def test_paths_of_keys_may_begin_with_a_tilde(home, mode, key, monkeypatch):
+  """The file is not there: the error says where it was looked for."""
+  config = tiny.get_config(
+    **{key.replace('.', '__'): '~/missing', 'training__n_iters': 1}
+  )
+  config.data.dataset = 'npz' if key == 'data.path' else 'digits'
+  control = {'images': 'inpaint', 'classifier_workdir': 'classifier'}
+  config.control.name = control.get(key.partition('.')[2], '')
+  command = {
+    'train': lambda: run_lib.train(config, home / 'run'),
+    'stats': lambda: stats.stats(config, home / 'run'),
+    'eval': lambda: stats.reference(
+      config, home / 'run', lambda images: images
+    ),
+    'sample': lambda: control_command.sample(config, home / 'run'),
+  }[mode]
+  with pytest.raises(OSError, match=f'{home}/missing'):
+    command()
+
+
+def test_a_cache_folder_that_cannot_be_made(home, monkeypatch):
+  monkeypatch.setenv('SCORE_SDE_CACHE', '/dev/null/cache')
+  error = call('--mode=train', '--workdir=run')
+  assert error == (
+    'error: The cache folder /dev/null/cache cannot be made or written (Not a '
+    'directory): set $SCORE_SDE_CACHE to another folder.'
+  )
+  assert not os.path.exists('run')
+
+
+def test_an_interrupted_command_is_one_line(home, monkeypatch):
+  import main
+
+  def interrupted(*_):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(main.sample, 'sample', interrupted)
+  error = call('--mode=sample', '--workdir=run')
+  assert error == 'error: Stopped by SIGINT; what was written stays.'

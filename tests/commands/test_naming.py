@@ -67,8 +67,7 @@ def test_fewer_samples_replace_nothing(tmp_path):
   sample.sample(config, tmp_path)
   config.sampling.update(frames=0, num_samples=2)
   sample.sample(config, tmp_path)
-  paths = (tmp_path / 'samples').glob('*.npz')
-  paths = sorted(paths, key=lambda path: path.stem)
+  paths = sorted((tmp_path / 'samples').glob('*.npz'), key=lambda p: p.stem)
   assert [path.stem.split('-', 2)[2] for path in paths] == ['12', '12-3', '2']
   arrays = [load_npz(path) for path in paths]
   assert [len(a['points']) for a in arrays] == [12, 12, 2]
