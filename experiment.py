@@ -30,6 +30,7 @@ import controllable_generation
 import likelihood
 import losses
 import models
+import optimization
 import sampling
 import sde_lib
 from checkpoints import formats, workdir
@@ -428,7 +429,15 @@ def build(config) -> Experiment:
     network=network,
     conditioning=conditioning,
     loss_fn=loss_fn,
-    optimizer=losses.make_optimizer(losses.Adam(**config.optim)),
+    optimizer=optimization.make_optimizer(
+      options.build(
+        optimization.OPTIMIZERS,
+        config.optim,
+        'optim.optimizer',
+        batch_size=config.training.batch_size,
+        n_iters=config.training.n_iters,
+      )
+    ),
     sampler=sampler,
   )
   _check(model)
@@ -462,6 +471,15 @@ def _check(model):
     raise ValueError(
       f'config.training.batch_size={training.batch_size} does not divide by '
       f'config.training.grad_accumulation={training.grad_accumulation}.'
+    )
+  kernels = map(
+    optimization.is_kernel, jax.tree.leaves(model.abstract_params())
+  )
+  if config.optim.optimizer == 'muon' and not any(kernels):
+    warnings.warn(
+      'config.optim.optimizer=muon has no effect: the network has no kernels '
+      'of convolutions, and Adam updates all else.',
+      stacklevel=3,
     )
   for key in ('log_freq', 'eval_freq', 'checkpoint_freq', 'snapshot_freq'):
     steps = training.n_jitted_steps

@@ -1,4 +1,4 @@
-r"""Training losses and the optimizer (Song et al. 2021, Eq. 7 and Table 1).
+r"""Training losses (Song et al. 2021, Eq. 7 and Table 1).
 
 A score network s is trained with the mean over examples of
 
@@ -731,82 +731,3 @@ class Classification(Options):
 
 
 LOSSES = {'score_matching': ScoreMatching, 'classification': Classification}
-
-
-# ------------------------------------------------------------------ optimizer
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Adam(Options):
-  """Options of the optimizer (Song et al. 2021, App. H).
-
-  Example:
-    >>> optimizer = make_optimizer(Adam(lr=1e-3, warmup=0))
-    >>> state = optimizer.init({'w': jnp.zeros(2)})
-  """
-
-  lr: float = option(2e-4, 'Learning rate after the warm-up.', '[0, inf)')
-  beta1: float = option(
-    0.9, "Decay of Adam's average of the gradients.", '[0, 1)'
-  )
-  beta2: float = option(
-    0.999, "Decay of Adam's average of their squares.", '[0, 1)'
-  )
-  eps: float = option(
-    1e-8, 'Number that Adam adds to the root of that average.', '(0, inf)'
-  )
-  weight_decay: float = option(
-    0.0, 'Decoupled weight decay; 0 for none.', '[0, inf)'
-  )
-  warmup: int = option(
-    5000,
-    'Steps in which the rate rises from 0; 0 for none.',
-    '[0, 2147483647]',
-  )
-  grad_clip: float = option(
-    1.0, 'Largest global norm of a gradient; 0 for no clipping.', '[0, inf)'
-  )
-
-
-def make_optimizer(adam: Adam) -> optax.GradientTransformation:
-  """Return Adam with clipping and a linear warm-up from 0.
-
-  The state holds Adam's moments and the step count only, so that a resumed run
-  uses the learning rate of its config.
-
-  Args:
-    adam: options.
-  """
-  lr, warmup = adam.lr, adam.warmup
-
-  def schedule(count):
-    return lr * jnp.minimum(count / warmup, 1.0) if warmup > 0 else lr
-
-  clip = (
-    optax.clip_by_global_norm(adam.grad_clip)
-    if adam.grad_clip
-    else optax.identity()
-  )
-  return optax.chain(
-    clip,
-    optax.adamw(
-      schedule,
-      b1=adam.beta1,
-      b2=adam.beta2,
-      eps=adam.eps,
-      weight_decay=adam.weight_decay,
-    ),
-  )
-
-
-def ema_decay(
-  step: Int[ArrayLike, ''], *, rate: float, warmup: bool
-) -> Float[ArrayLike, '']:
-  """Return the decay of the parameters' moving average at a step.
-
-  Args:
-    step: number of optimizer steps taken, this one included.
-    rate: the constant decay, as in the paper, in [0, 1).
-    warmup: whether to use min(rate, (1 + step) / (10 + step)) instead.
-  """
-  return jnp.minimum(rate, (1 + step) / (10 + step)) if warmup else rate

@@ -25,7 +25,7 @@ import optax
 from jaxtyping import Float, PyTree
 
 import experiment
-import losses
+import optimization
 from checkpoints.workdir import Checkpoints
 from data import batches as batching
 from data import datasets, record
@@ -137,7 +137,7 @@ def make_one_step(model, unrolled):
     )
     params = optax.apply_updates(state.params, updates)
     step = state.step + 1
-    decay = losses.ema_decay(
+    decay = optimization.ema_decay(
       step, rate=training.ema_rate, warmup=training.ema_warmup
     )
     ema = optax.incremental_update(params, state.ema, 1 - decay)

@@ -98,10 +98,14 @@ def optimizer_state(optimizer, released):
   """Return the state of an optimizer from which training continues.
 
   Args:
-    optimizer: optax transformation that contains Adam.
-    released: content of a file. If it has no moments, Adam starts from zero.
+    optimizer: optax transformation.
+    released: content of a file. If it has no moments, or if Adam does not
+      update all parameters, the optimizer starts from zero.
   """
   if released.adam_mu is None:
+    return optimizer.init(released.params)
+  nu = optax.tree.get(jax.eval_shape(optimizer.init, released.params), 'nu')
+  if jax.tree.structure(nu) != jax.tree.structure(released.adam_mu):
     return optimizer.init(released.params)
   count = np.asarray(released.adam_count, np.int32)
   counted = optax.ScaleByAdamState, optax.ScaleByScheduleState

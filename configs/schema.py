@@ -26,6 +26,7 @@ import ml_collections
 import likelihood
 import losses
 import models
+import optimization
 import sampling
 import sde_lib
 from controllable_generation import Control
@@ -124,6 +125,15 @@ class Training(Options):
     0.1,
     'Share of examples without a label, if model.num_labels is set.',
     '[0, 1]',
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimization(Options):
+  """The section `optim`."""
+
+  optimizer: Any = option(
+    'adam', 'Optimizer.', table=optimization.OPTIMIZERS, marks=('run',)
   )
 
 
@@ -231,7 +241,7 @@ SECTIONS = {
   'sde': Section((Process,), ('run', 'samples'), varies=True),
   'model': Section((Network,), ('run', 'samples'), varies=True),
   'training': Section((Training, losses.ScoreMatching)),
-  'optim': Section((losses.Adam,)),
+  'optim': Section((Optimization,)),
   'sampling': Section((Sampling,), ('samples',)),
   'control': Section((Control,), ('samples',)),
   'eval': Section((Evaluation,), ('result',)),
@@ -369,22 +379,25 @@ def unused(config) -> list[str]:
   chosen, lines = chosen_keys(config), []
   if config.model.get('num_labels'):  # Such a network is guided by itself.
     chosen.add('control.scale')
-  for section in ('training', 'sampling', 'control'):
-    idle = [
-      f'{path.rpartition(".")[2]}={value!r}'
+  for section in ('training', 'optim', 'sampling', 'control'):
+    idle = {
+      path: value
       for path, value in leaves(config[section], f'{section}.')
       if path not in chosen and value != KEYS[path].option.default
-    ]
+    }
     if idle:
+      name = lambda path: path.rpartition('.')[2]
+      choices = (c for path in idle for c in KEYS[path].choices)
+      names = {choice.partition('=')[0] for choice in choices}
       made = [
-        f'{o.name}={config[section][o.name]!r}'
-        for owner in SECTIONS[section].owners
-        for o in options.declared(owner)
-        if o.table is not None
+        f'{name(path)}={value!r}'
+        for path, value in leaves(config[section], f'{section}.')
+        if path in chosen and name(path) in names
       ]
+      unread = [f'{name(path)}={value!r}' for path, value in idle.items()]
       lines.append(
         f'config.{section}: with {", ".join(made)}, nothing uses '
-        f'{", ".join(idle)}.'
+        f'{", ".join(unread)}.'
       )
   return lines
 

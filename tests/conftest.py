@@ -27,6 +27,7 @@ TYPED = (
   'experiment',
   'likelihood',
   'losses',
+  'optimization',
   'run_lib',
   'sampling',
   'sde_lib',

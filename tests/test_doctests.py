@@ -27,6 +27,8 @@ TABLES = (
   'models.CLASSIFIERS',
   'models.MODELS',
   'models.score.CONDITIONINGS',
+  'optimization.OPTIMIZERS',
+  'optimization.SCHEDULES',
   'sampling.SAMPLERS',
   'sde_lib.SDES',
   'solvers.grids.GRIDS',

@@ -8,7 +8,7 @@ import pytest
 
 import controllable_generation
 import experiment
-import losses
+import optimization
 import run_lib
 from checkpoints.workdir import Checkpoints, restore_ema
 from commands import control, evaluate, exchange
@@ -245,7 +245,7 @@ def test_a_network_told_the_class_makes_the_class():
   means = jnp.float32([[1.0, 0.0], [-1.0, 1.0], [-1.0, -1.0]])
   model = experiment.build(config)
   params = model.init_params(jax.random.key(0))
-  optimizer = losses.make_optimizer(losses.Adam(
+  optimizer = optimization.make_optimizer(optimization.Adam(
     lr=5e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, warmup=20,
     grad_clip=1.0,
   ))  # fmt: skip

@@ -14,6 +14,7 @@ import experiment
 import likelihood
 import losses
 import models
+import optimization
 import run_lib
 import sde_lib
 from commands import encode
@@ -45,11 +46,11 @@ def trained(data, sde, conditioning, *, seed, steps=1500, loss=None, **fields):
   """
   loss_fn = loss or losses.ScoreMatching()
   network = models.create('mlp', embedding_type='positional', **fields)
-  adam = losses.Adam(
+  adam = optimization.Adam(
     lr=3e-3, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, warmup=100,
     grad_clip=1.0,
   )  # fmt: skip
-  optimizer = losses.make_optimizer(adam)
+  optimizer = optimization.make_optimizer(adam)
 
   def score_of(params):
     net = functools.partial(network.apply, {'params': params}, train=False)

@@ -76,7 +76,8 @@ def test_marks():
   run = schema.marked(config, 'run')
   assert run['model.nf'] == 8 and run['sde.sigma_max'] == 10.0
   assert {'data.image_size', 'training.num_scales'} <= set(run)
-  assert not any(key.startswith(('sampling', 'eval', 'optim')) for key in run)
+  assert not any(key.startswith(('sampling', 'eval')) for key in run)
+  assert [key for key in run if key.startswith('optim')] == ['optim.optimizer']
   assert not {'model.dtype', 'model.remat', 'data.path'} & set(run)
   samples = schema.marked(config, 'samples')
   assert {'seed', 'sampling.num_steps', 'sampling.rounding'} <= set(samples)
@@ -269,10 +270,12 @@ def test_unused():
   assert "times='uniform'" in line and line.endswith('uses p_mean=0.5.')
   with pytest.warns(UserWarning, match='nothing uses p_mean=0.5'):
     experiment.build(config)
+  (line,) = schema.unused(tiny.get_config(optim__horizon=5))
+  assert line.endswith("with schedule='constant', nothing uses horizon=5.")
   inpaint = {'control__name': 'inpaint', 'control__known': 0.5}
   config = tiny.get_config(**inpaint, control__factor=8, control__ramp=2.0)
   (line,) = schema.unused(config)
-  assert line.startswith("config.control: with name='inpaint', ")
+  assert "config.control: with method='projection', name='inpaint', " in line
   assert line.endswith('nothing uses factor=8, ramp=2.0.')
   # A network that is told classes is guided without a control.
   config = tiny.get_config(control__scale=2.0)

@@ -1,0 +1,219 @@
+"""Test learning rates, optimizers and averages against closed forms."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import experiment
+import optimization
+import run_lib
+from configs import schema
+from runtime import options
+from tests.test_interruptions import points
+
+# ------------------------------------------------------------------ schedules
+
+STEPS, N_ITERS, BATCH = np.arange(1200), 1000, 16
+
+
+def rates(**changes):
+  """Return the rates after 0, 1, .. steps, of a section of a config."""
+  section = schema.defaults()['optim'] | {'lr': 0.1} | changes
+  adam = options.build(
+    optimization.OPTIMIZERS,
+    section,
+    'optim.optimizer',
+    n_iters=N_ITERS,
+    batch_size=BATCH,
+  )
+  return np.asarray(jax.jit(jax.vmap(adam.rate))(jnp.asarray(STEPS)))
+
+
+def test_the_papers_rates_are_as_before():
+  before = lambda count: 0.1 * jnp.minimum(count / 300, 1.0)
+  want = jax.jit(jax.vmap(before))(jnp.asarray(STEPS))
+  np.testing.assert_array_equal(rates(warmup=300), want)
+  count = jnp.asarray(7)
+  assert optimization.Adam(lr=0.1, warmup=0).rate(count) == 0.1
+  found = optimization.Adam(lr=0.1, warmup=300).rate(count)
+  assert float(found) == float(before(count))
+
+
+@pytest.mark.parametrize('warmup', [0, 200])
+@pytest.mark.parametrize(('horizon', 'end'), [(0, N_ITERS), (700, 700)])
+def test_linear_and_cosine_are_those_of_optax(warmup, horizon, end):
+  common = {'warmup': warmup, 'horizon': horizon}
+  rise = optax.linear_schedule(0.0, 0.1, warmup)
+  for name, fall in (
+    ('linear', optax.linear_schedule(0.1, 0.0, end - warmup)),
+    ('cosine', optax.cosine_decay_schedule(0.1, end - warmup)),
+  ):
+    want = optax.join_schedules([rise, fall], [warmup]) if warmup else fall
+    found = rates(schedule=name, **common)
+    np.testing.assert_allclose(found, want(STEPS), atol=1e-7)
+    assert found[end] == 0 < found[end - 1]
+
+
+def test_inverse_square_root():
+  want = 0.1 * np.sqrt(200 / np.maximum(STEPS, 200))
+  want *= np.minimum(STEPS / 50, 1)
+  found = rates(schedule='inverse_sqrt', warmup=50, decay_from=200)
+  np.testing.assert_allclose(found, want, rtol=1e-6)
+  # Without decay_from it begins where the warm-up ends.
+  found = rates(schedule='inverse_sqrt', warmup=200)
+  np.testing.assert_allclose(found[800], 0.1 / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize('schedule', [*optimization.SCHEDULES])
+def test_images_are_steps_times_the_batch(schedule):
+  has = [o.name for o in options.declared(optimization.SCHEDULES[schedule])]
+  steps = {'warmup': 100, 'decay_from': 300, 'horizon': 900}
+  steps = {k: v for k, v in steps.items() if k in (*has, 'warmup')}
+  images = {k: v * BATCH for k, v in steps.items()}
+  np.testing.assert_allclose(
+    rates(schedule=schedule, unit='images', **images),
+    rates(schedule=schedule, **steps),
+    atol=1e-7,
+  )
+
+
+def test_a_horizon_before_the_decay_is_refused():
+  with pytest.raises(ValueError, match='config.optim.horizon=200 is not after'):
+    rates(schedule='cosine', warmup=300, horizon=200)
+
+
+def trained(config, workdir):
+  """Train; return (losses, averaged parameters) of the run."""
+  run_lib.train(config, workdir)
+  lines = (workdir / 'train.jsonl').read_text().splitlines()
+  _, params = experiment.load(workdir)
+  return [json.loads(line)['loss'] for line in lines], params
+
+
+def test_a_resumed_run_has_the_rates_of_one_without_a_stop(tmp_path):
+  config = points()
+  config.training.update(n_iters=6)
+  config.optim.update(schedule='cosine', warmup=2, horizon=6)
+  whole = trained(config, tmp_path / 'whole')
+  config.training.n_iters = 3
+  trained(config, tmp_path / 'parts')
+  config.training.n_iters = 6
+  parts = trained(config, tmp_path / 'parts')
+  jax.tree.map(np.testing.assert_array_equal, parts, whole)
+  config.optim.schedule = 'constant'
+  other, _ = trained(config, tmp_path / 'other')
+  assert other[:3] == whole[0][:3]
+  assert other[4:] != whole[0][4:]
+
+
+# ----------------------------------------------------------------- optimizers
+
+
+def _step(optimizer, grads, params, state):
+  updates, state = optimizer.update(grads, state, params)
+  return optax.apply_updates(params, updates), state
+
+
+def make_optimizer(**changes):
+  return optimization.make_optimizer(optimization.Adam(**changes))
+
+
+def test_warmup_starts_at_zero_and_adam_moves_by_lr():
+  optimizer = make_optimizer(lr=0.1, warmup=4, grad_clip=0.0)
+  params, moves = {'w': jnp.ones(3)}, []
+  state = optimizer.init(params)
+  for _ in range(6):
+    new, state = _step(optimizer, {'w': jnp.full(3, 2.0)}, params, state)
+    moves.append(float((params['w'] - new['w'])[0]))
+    params = new
+  # A constant gradient makes Adam's direction 1.
+  want = [0, 0.025, 0.05, 0.075, 0.1, 0.1]
+  np.testing.assert_allclose(moves, want, atol=1e-6)
+
+
+def test_lr_is_not_part_of_the_state():
+  """Check that a resumed run takes the learning rate of its new config."""
+  params, grads = {'w': jnp.ones(3)}, {'w': jnp.ones(3)}
+  first = make_optimizer(lr=0.1, warmup=0, grad_clip=1.0)
+  second = make_optimizer(lr=0.3, warmup=0, grad_clip=1.0)
+  params, state = _step(first, grads, params, first.init(params))
+  moved, _ = _step(second, grads, params, state)
+  np.testing.assert_allclose(params['w'] - moved['w'], 0.3, rtol=1e-4)
+
+
+def test_clipping_is_by_global_norm():
+  optimizer = make_optimizer(lr=1.0, warmup=0, grad_clip=1.0)
+  clipped = optimizer.init({'a': jnp.zeros(1), 'b': jnp.zeros(1)})
+  grads = {'a': jnp.asarray([30.0]), 'b': jnp.asarray([40.0])}
+  _, state = optimizer.update(grads, clipped, grads)
+  mu = optax.tree.get(state, 'mu')
+  np.testing.assert_allclose([mu['a'][0], mu['b'][0]], [0.06, 0.08], rtol=1e-5)
+
+
+def test_ema_decay():
+  assert optimization.ema_decay(1, rate=0.999, warmup=False) == 0.999
+  np.testing.assert_allclose(
+    optimization.ema_decay(1, rate=0.999, warmup=True), 2 / 11
+  )
+  np.testing.assert_allclose(
+    optimization.ema_decay(10**6, rate=0.999, warmup=True), 0.999
+  )
+
+
+@pytest.mark.parametrize(
+  'values', [{'beta2': 1.0}, {'warmup': 0.5}, {'grad_clip': -1.0}]
+)
+def test_options_out_of_range_are_refused(values):
+  with pytest.raises(ValueError, match=f'Adam: {[*values][0]}='):
+    optimization.Adam(**values)
+
+
+def orthogonalised(m):
+  """Return Muon's five Newton-Schulz steps of a matrix (Jordan et al. 2024)."""
+  x = m.T if m.shape[0] > m.shape[1] else m
+  x = x / np.linalg.norm(x)
+  for _ in range(5):
+    a = x @ x.T
+    x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+  return x.T if m.shape[0] > m.shape[1] else x
+
+
+@pytest.mark.parametrize('shape', [(3, 3, 2, 8), (1, 1, 3, 5)])
+def test_muon_of_a_kernel_is_orthogonalised_momentum(shape):
+  rng, matrix = np.random.default_rng(0), (np.prod(shape[:-1]), shape[-1])
+  settings = {'lr': 0.1, 'warmup': 4, 'weight_decay': 0.01, 'grad_clip': 0.0}
+  optimizer = optimization.make_optimizer(
+    optimization.Muon(**settings, muon_beta=0.9)
+  )
+  params = {'kernel': jnp.asarray(rng.normal(size=shape), jnp.float32)}
+  state, momentum = optimizer.init(params), np.zeros(matrix)
+  for step in range(4):
+    grad = rng.normal(size=matrix)
+    momentum = 0.9 * momentum + 0.1 * grad
+    # Nesterov's look ahead; each average is divided by its sum of weights.
+    ahead = 0.9 * momentum / (1 - 0.9 ** (step + 2))
+    ahead += 0.1 * grad / (1 - 0.9 ** (step + 1))
+    direction = 0.2 * np.sqrt(max(matrix)) * orthogonalised(ahead)
+    decayed = direction + 0.01 * np.asarray(params['kernel']).reshape(matrix)
+    want = -0.1 * step / 4 * decayed
+    grads = {'kernel': jnp.asarray(grad.reshape(shape), jnp.float32)}
+    updates, state = optimizer.update(grads, state, params)
+    found = np.asarray(updates['kernel']).reshape(matrix)
+    np.testing.assert_allclose(found, want, atol=2e-6)
+    params = optax.apply_updates(params, updates)
+
+
+def test_muon_leaves_the_rest_to_adam():
+  shapes = {'bias': (4,), 'dense': (4, 4), 'gain': (1, 1, 1, 4), 'k': (3, 3, 1)}
+  settings = {'lr': 0.1, 'warmup': 0, 'weight_decay': 0.1}
+  params = {k: jnp.ones(shape) for k, shape in shapes.items()}
+  grads = {k: jnp.full(shape, 0.3) for k, shape in shapes.items()}
+  moved = []
+  for cls in (optimization.Adam, optimization.Muon):
+    optimizer = optimization.make_optimizer(cls(**settings))
+    moved.append(_step(optimizer, grads, params, optimizer.init(params))[0])
+  jax.tree.map(np.testing.assert_array_equal, *moved)
