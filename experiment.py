@@ -38,6 +38,8 @@ from configs import schema
 from data import datasets, pixels, toy
 from models import score
 from runtime import options
+from runtime.devices import all_hosts
+from runtime.progress import say
 from solvers import ode
 from solvers.base import Sampler, Samples
 
@@ -46,6 +48,8 @@ Data = Shaped[ArrayLike, ' B *dims']
 PerExample = Float[Array, ' B']
 Rng = Key[Array, '']
 
+# Relative error of the profile of an average from which on a warning is due.
+INEXACT = 0.1
 # Times at which the accuracy of a classifier is measured, by metric.
 ACCURACIES = {f'accuracy_t{t}': t for t in (0.0, 0.25, 0.5, 0.75, 1.0)}
 
@@ -700,19 +704,86 @@ def run_config(folder) -> ml_collections.ConfigDict:
   return schema.from_dict(workdir.read_config(folder))
 
 
-def load(path, which='last'):
+def averages_until(saved, step, without=()):
+  """Return (step, length) of all averages in checkpoints up to a step.
+
+  Raises:
+    ValueError: there is none.
+  """
+  steps = [s for s in saved.steps if s <= step and s not in without]
+  found = [(s, length) for s in steps for length in saved.lengths(s)]
+  if not found:
+    raise ValueError(
+      'config.eval.ema_length needs averages, and the checkpoints up to step '
+      f'{step} have none: train with config.training.ema_lengths, such as '
+      '0.05,0.1.'
+    )
+  return found
+
+
+def restore_average(saved, step, like, length=None, without=()):
+  """Return averaged parameters of a checkpoint.
+
+  That of a length is combined from the averages in all checkpoints up to this
+  one; see `optimization.combination`.
+
+  Args:
+    saved: open `Checkpoints`.
+    step: of the checkpoint.
+    like: pytree of `jax.ShapeDtypeStruct` with shardings.
+    length: relative length; None for the average of config.training.ema_rate.
+    without: steps of checkpoints that cannot be read.
+
+  Raises:
+    FileNotFoundError, ValueError: the checkpoint cannot be read, or has no
+      averages to combine.
+  """
+  if length is None:
+    return saved.restore(step, like, 'ema')
+  snapshots = averages_until(saved, step, without)
+  weights, error = optimization.combination(snapshots, step, length)
+  total = jax.tree.map(lambda v: 0.0, like)
+  for (at, kept), weight in zip(snapshots, weights, strict=True):
+    problem, part = None, None
+    try:
+      part = saved.restore(at, like, workdir.average_item(kept))
+    except (FileNotFoundError, ValueError) as failed:
+      problem = failed
+    if not all_hosts(problem is None):
+      if at == step:
+        raise problem or ValueError(f'Another host cannot read {at}.')
+      say(f'warning: {problem or "Another host"} It is left out.')
+      return restore_average(saved, step, like, length, (*without, at))
+    total = jax.tree.map(lambda a, v, w=weight: a + w * v, total, part)
+  say(
+    f'Average of length {length:g} at step {step}: combined of '
+    f'{len(snapshots)}, with a relative error of its profile of {error:.2g}.'
+  )
+  if error > INEXACT:
+    say(
+      f'warning: The average of length {length:g} is inexact: keep more '
+      'checkpoints with config.training.snapshot_freq, or choose a length '
+      'nearer to those of config.training.ema_lengths.'
+    )
+  return total
+
+
+def load(path, which='last', ema_length=None):
   """Return (Experiment, averaged parameters) of a run or of an exported file.
 
   Args:
     path: workdir of a run, or a .safetensors file of `--mode export`.
     which: checkpoint of the run: 'last', 'best' or a step.
+    ema_length: see `restore_average`; of a run only.
 
   Raises:
     FileNotFoundError, ValueError: there is none, or it is damaged.
   """
   if pathlib.Path(path).is_dir():
     model = build(run_config(path))
-    params = workdir.restore_ema(path, model.abstract_params(), which)
+    restore = functools.partial(restore_average, length=ema_length)
+    shapes = model.abstract_params()
+    params = workdir.restore_ema(path, shapes, which, restore)
     return model, params
   model = build(schema.from_dict(formats.exported_config(path)))
   released = formats.load(path, model.network, model.shape(1))

@@ -6,21 +6,35 @@ The learning rate at a step is
 
 a pure function of the config and the number of steps taken, so that a resumed
 run has the rates of one that was not stopped.
+
+Besides the constant average of the paper, averages whose length grows with the
+training can be kept (Karras et al. 2024, Analyzing and improving the training
+dynamics of diffusion models, Section 3.1). That of length s at step T weights
+the parameters of step t by the profile
+
+    p(t) = (g + 1) t^g / T^(g + 1),    s^2 = (g + 1) / ((g + 2)^2 (g + 3)),
+
+so that s is the standard deviation of the profile in units of T. The average of
+any length is nearly a linear combination of a few that were kept.
 """
 
 import abc
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
-from jaxtyping import ArrayLike, Float, Int
+from jaxtyping import ArrayLike, Float, Int, PyTree
 
 from runtime.options import Options, option
 
 Scalar = Float[ArrayLike, '']
+Vector = Float[ArrayLike, '...']
+Averages = dict[float, PyTree]
 COUNT = '[0, 2147483647]'
 
 # ------------------------------------------------------------------ schedules
@@ -308,3 +322,105 @@ def ema_decay(
     warmup: whether to use min(rate, (1 + step) / (10 + step)) instead.
   """
   return jnp.minimum(rate, (1 + step) / (10 + step)) if warmup else rate
+
+
+# Lengths of averages: the first profile is steep, the last one is flat.
+LENGTHS = '(0, 0.288]'
+
+
+def exponent(length: float) -> float:
+  """Return the exponent g of the profile of an average of a length.
+
+  It is the root of (g + 2)^2 (g + 3) = (g + 1) / length^2.
+
+  Example:
+    >>> round(exponent(0.1), 2), round(exponent(0.05), 2)
+    (6.94, 16.97)
+  """
+  c = length**-2.0
+  return float(np.roots([1, 7, 16 - c, 12 - c]).real.max())
+
+
+def start_averages(params: PyTree, lengths: Sequence[float]) -> Averages:
+  """Return {length: parameters} before the first step."""
+  return {length: jax.tree.map(jnp.copy, params) for length in lengths}
+
+
+def update_averages(
+  averages: Averages, params: PyTree, step: Int[ArrayLike, '']
+) -> Averages:
+  """Return the averages after a step (Karras et al. 2024, Eq. 127).
+
+      average <- beta average + (1 - beta) params,
+      beta = (1 - 1 / step)^(g + 1)
+
+  Args:
+    averages: {length: parameters}.
+    params: parameters after the step.
+    step: number of steps taken, this one included.
+  """
+
+  def update(length, average):
+    # 1 - beta, without the rounding of a number near 1.
+    new = -jnp.expm1((exponent(length) + 1) * jnp.log1p(-1 / step))
+    return jax.tree.map(lambda a, p: a + new * (p - a), average, params)
+
+  return {length: update(length, a) for length, a in averages.items()}
+
+
+def profile_products(
+  step: Vector, g: Vector, other_step: Vector, other_g: Vector
+) -> Vector:
+  """Return the inner products of two profiles (Karras et al. 2024, App. C.2).
+
+  The integral of both over time is
+
+      (g + 1) (h + 1) min(T, U)^(g + h + 1) / ((g + h + 1) T^(g + 1) U^(h + 1)).
+
+  Args:
+    step: T, where the first average was taken.
+    g: exponent of the first.
+    other_step: U, where the second average was taken.
+    other_g: h, exponent of the second.
+  """
+  first, both = np.minimum(step, other_step), g + other_g + 1
+  ratio = (first / step) ** g * (first / other_step) ** other_g
+  scale = first / (step * other_step)
+  return (g + 1) * (other_g + 1) / both * ratio * scale
+
+
+def combination(
+  snapshots: Sequence[tuple[int, float]], step: int, length: float
+) -> tuple[Float[np.ndarray, ' n'], float]:
+  """Return weights of snapshots whose sum is the average of another length.
+
+  They are the least-squares solution for the profiles over time (Karras et al.
+  2024, App. C.2). Here they sum to one besides, so that parameters that do not
+  change are reproduced exactly however few snapshots there are.
+
+  Args:
+    snapshots: (step, length) of the averages that were kept.
+    step: where the wanted average ends.
+    length: of the wanted average.
+
+  Returns:
+    (weights [n], the distance of the profiles relative to that which is
+    wanted).
+
+  Example:
+    >>> weights, error = combination([(90, 0.1), (100, 0.1)], 100, 0.1)
+    >>> bool(np.allclose(weights, [0, 1], atol=1e-9)), error < 1e-6
+    (True, True)
+  """
+  steps, lengths = np.asarray(snapshots, np.float64).T
+  g = np.array([exponent(length) for length in lengths])
+  wanted, norm = exponent(length), np.sqrt(profile_products(steps, g, steps, g))
+  products = profile_products(steps[:, None], g[:, None], steps, g)
+  products /= norm[:, None] * norm
+  target = profile_products(steps, g, float(step), wanted) / norm
+  # The last row says that the weights sum to one; its multiplier is dropped.
+  system = np.block([[products, 1 / norm[:, None]], [1 / norm, np.zeros(1)]])
+  x = np.linalg.lstsq(system, np.append(target, 1.0), rcond=None)[0][:-1]
+  whole = profile_products(float(step), wanted, float(step), wanted)
+  rest = 1 - (2 * x @ target - x @ products @ x) / whole
+  return x / norm, float(np.sqrt(max(rest, 0.0)))

@@ -26,7 +26,7 @@ from jaxtyping import Float, PyTree
 
 import experiment
 import optimization
-from checkpoints.workdir import Checkpoints
+from checkpoints.workdir import Checkpoints, average_item
 from data import batches as batching
 from data import datasets, record
 from reporting import pictures
@@ -61,6 +61,8 @@ class TrainState(typing.NamedTuple):
   params: typing.Any
   opt_state: typing.Any
   ema: typing.Any
+  # {length: parameters} of config.training.ema_lengths.
+  averages: typing.Any = {}
 
 
 # ------------------------------------------------------------- state and step
@@ -72,10 +74,14 @@ def make_init(model, layout):
   `place` draws parameters and puts the state on all devices, replicated.
   """
 
+  lengths = model.config.training.ema_lengths
+
   def init(params):
     zeros = jnp.zeros((), jnp.int32)
     ema = jax.tree.map(jnp.copy, params)
-    return TrainState(zeros, params, model.optimizer.init(params), ema)
+    averages = optimization.start_averages(params, lengths)
+    opt_state = model.optimizer.init(params)
+    return TrainState(zeros, params, opt_state, ema, averages)
 
   def place():
     params = model.init_params(jax.random.key(model.config.seed))
@@ -141,7 +147,8 @@ def make_one_step(model, unrolled):
       step, rate=training.ema_rate, warmup=training.ema_warmup
     )
     ema = optax.incremental_update(params, state.ema, 1 - decay)
-    return TrainState(step, params, opt_state, ema), loss
+    averages = optimization.update_averages(state.averages, params, step)
+    return TrainState(step, params, opt_state, ema, averages), loss
 
   return one_step
 
@@ -413,6 +420,7 @@ def save_checkpoint(training, saved) -> Hook:
         now.step,
         without_ema(now.state),
         now.state.ema,
+        averages=now.state.averages,
         loss=now.scalars['test_loss'],
       )
     if now.stopping:
@@ -513,8 +521,9 @@ def _own(workdir):
 
 
 def without_ema(state):
-  """Return the item `state` of a checkpoint: all but the average."""
-  return {k: v for k, v in state._asdict().items() if k != 'ema'}
+  """Return the item `state` of a checkpoint: all but the averages."""
+  averages = 'ema', 'averages'
+  return {k: v for k, v in state._asdict().items() if k not in averages}
 
 
 def restore_or_init(model, layout, saved):
@@ -524,11 +533,23 @@ def restore_or_init(model, layout, saved):
     return place(), 0
   like = jax.eval_shape(init, model.abstract_params())
   like = replicated(like, layout)
+  missing = set(like.averages) - set(saved.lengths(saved.last))
+  if missing:
+    raise ValueError(
+      f'Checkpoint {saved.last} has no averages of the lengths '
+      f'{sorted(missing)}, which are kept from the first step on: set '
+      f'config.training.ema_lengths={tuple(saved.lengths(saved.last))}.'
+    )
 
   def restore(step):
-    ema = saved.restore(step, like.ema, 'ema')
+    averages = {
+      length: saved.restore(step, average, average_item(length))
+      for length, average in like.averages.items()
+    }
     return TrainState(
-      **saved.restore(step, without_ema(like), 'state'), ema=ema
+      **saved.restore(step, without_ema(like), 'state'),
+      ema=saved.restore(step, like.ema, 'ema'),
+      averages=averages,
     )
 
   step, state = saved.restore_first('last', restore)

@@ -1,13 +1,15 @@
 """A run's folder: its config, and its checkpoints, written in the background.
 
-The checkpoints are Orbax's. Each holds two items: `state`, everything that
+The checkpoints are Orbax's. Each holds items: `state`, everything that
 training needs besides the averaged parameters, and `ema`, the averaged
-parameters, which are all that sampling and evaluation read. A checkpoint that
+parameters, which are all that sampling and evaluation read. Averages of further
+lengths are items of their own, such as `average_0.05`. A checkpoint that
 is being written when the process dies is not listed afterwards; the earlier
 ones are.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -216,7 +218,7 @@ class Checkpoints:
       cleanup_tmp_directories=not self._read_only,
     )
     manager = _PatientManager if self._fall_back else ocp.CheckpointManager
-    return manager(self._folder, item_names=('state', 'ema'), options=options)
+    return manager(self._folder, options=options)
 
   def _move_away(self, step):
     """Move a damaged checkpoint out of the way of the one made in its place."""
@@ -304,7 +306,13 @@ class Checkpoints:
       )
     return chosen
 
-  def save(self, step, state, ema, *, loss=None):
+  def lengths(self, step):
+    """Return the lengths of the averages in a checkpoint, in order."""
+    prefix = average_item('')
+    found = (self._folder / str(step)).glob(f'{prefix}*')
+    return sorted(float(path.name.removeprefix(prefix)) for path in found)
+
+  def save(self, step, state, ema, *, averages=None, loss=None):
     """Start to save a checkpoint in the background; see `wait`.
 
     The arrays may be changed or deleted as soon as this returns.
@@ -313,15 +321,18 @@ class Checkpoints:
       step: number of training steps taken.
       state: pytree of arrays.
       ema: averaged parameters, a pytree of arrays.
+      averages: {length: parameters}, further averages.
       loss: test loss, by which the best checkpoint is chosen.
     """
+    items = {'state': state, 'ema': ema}
+    items |= {average_item(length): v for length, v in (averages or {}).items()}
     with self._named_errors():
       self.wait()
       self._saving = step
       self._manager.save(
         step,
         args=ocp.args.Composite(
-          state=ocp.args.StandardSave(state), ema=ocp.args.StandardSave(ema)
+          **{name: ocp.args.StandardSave(v) for name, v in items.items()}
         ),
         metrics=None if loss is None else {'loss': float(loss)},
         force=True,
@@ -356,7 +367,7 @@ class Checkpoints:
     Args:
       step: one of `steps`.
       like: pytree of `jax.ShapeDtypeStruct` with shardings.
-      item: 'state' or 'ema'.
+      item: 'state', 'ema', or an `average_item`.
 
     Raises:
       FileNotFoundError: the checkpoint was removed, as training does with old
@@ -374,7 +385,7 @@ class Checkpoints:
         ) from error
       raise ValueError(
         f'Checkpoint {self._folder}/{step} cannot be read (damaged, or of '
-        f'another network): {_reason(error)}'
+        f'another network or optimizer): {_reason(error)}'
       ) from error
 
   def _is_removed(self, step):
@@ -458,6 +469,11 @@ class Checkpoints:
       raise errors[0]
 
 
+def average_item(length):
+  """Return the name of the item that holds the average of a length."""
+  return f'average_{length}'
+
+
 class SaveError(OSError):
   """A checkpoint could not be saved."""
 
@@ -470,13 +486,15 @@ def _loss_in(path):
     return None
 
 
-def restore_ema(workdir, like, which='last'):
+def restore_ema(workdir, like, which='last', restore=None):
   """Return the averaged parameters of a run, on the default device.
 
   Args:
     workdir: folder of the run.
     like: shapes and dtypes of the parameters, a pytree.
     which: see `Checkpoints.select`; the last step that it selects is read.
+    restore: restore(checkpoints, step, like) -> parameters; None for the
+      averaged parameters as they are in the checkpoint.
 
   Raises:
     FileNotFoundError: the run has no checkpoints.
@@ -488,5 +506,6 @@ def restore_ema(workdir, like, which='last'):
     lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding), like
   )
   with Checkpoints(workdir) as checkpoints:
-    restore = lambda step: checkpoints.restore(step, like, 'ema')
-    return checkpoints.restore_first(which, restore)[1]
+    restore = restore or functools.partial(Checkpoints.restore, item='ema')
+    restored = functools.partial(restore, checkpoints, like=like)
+    return checkpoints.restore_first(which, restored)[1]

@@ -384,7 +384,8 @@ def evaluate(config, workdir, eval_folder='eval'):
 
   Writes workdir/eval_folder/step_N-HASH/result-HASH.json, with config, step,
   seed, counts, sampler, NFE and versions beside the metrics; samples.png there;
-  and a table and curves of all results in the folder.
+  and a table and curves of all results in the folder. With several lengths in
+  config.eval.ema_length each has a result, and the curves are over them too.
 
   Raises:
     FileNotFoundError, ValueError: there is no such checkpoint, data or weights;
@@ -394,7 +395,9 @@ def evaluate(config, workdir, eval_folder='eval'):
   workdir, chosen = pathlib.Path(workdir), config.eval
   check_divisible(chosen.batch_size, 'config.eval.batch_size')
   with Checkpoints(workdir) as saved:
-    saved.select(chosen.checkpoint)  # It says at once if there is none.
+    steps = saved.select(chosen.checkpoint)  # Says at once if there is none.
+    if chosen.ema_length:
+      experiment.averages_until(saved, steps[-1])
     experiment.claim(config, workdir, write=False)
     test_set = datasets.load(config.data, 'test')
     facts, evaluators, judged_by = trained.facts(config), [], ''
@@ -410,20 +413,23 @@ def evaluate(config, workdir, eval_folder='eval'):
       evaluators.append(sample_evaluator(judge))
     # What else results depend on, besides what their folder is named by.
     key = digest(schema.marked(config, 'result'), judged_by)[:8]
-    restored = functools.partial(
-      trained.restore_step, model, layout, saved, workdir
-    )
-    for step, run in saved.restore_each(chosen.checkpoint, restored):
-      name = f'{run.name}-{test_set.fingerprint[:8]}'
-      folder = workdir / eval_folder / name
-      folder.mkdir(parents=True, exist_ok=True)
-      say(f'Checkpoint {step}: results go to {folder}.')
-      result = {'step': step}
-      for evaluator in evaluators:
-        result |= evaluator(run, folder)
-      if jax.process_index() == 0:
-        write_json(folder / f'result-{key}.json', result | facts)
-      barrier(f'step_{step}')
+    for length in chosen.ema_length or [None]:
+      restored = functools.partial(
+        trained.restore_step, model, layout, saved, workdir, length=length
+      )
+      for step, run in saved.restore_each(chosen.checkpoint, restored):
+        name = f'{run.name}-{test_set.fingerprint[:8]}'
+        folder = workdir / eval_folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        say(f'Checkpoint {step}: results go to {folder}.')
+        result = {'step': step}
+        if length:
+          result['ema_length'] = length
+        for evaluator in evaluators:
+          result |= evaluator(run, folder)
+        if jax.process_index() == 0:
+          write_json(folder / f'result-{key}.json', result | facts)
+        barrier(f'step_{step}')
   if jax.process_index() == 0:
     summarize(workdir / eval_folder)
 

@@ -70,13 +70,14 @@ def identity(config, *more) -> str:
   return digest(wanted, *more)[:8]
 
 
-def restore_step(model, layout, saved, workdir, step) -> Run:
+def restore_step(model, layout, saved, workdir, step, length=None) -> Run:
   """Return a checkpoint as a Run; arguments are those of `Run`.
 
-  `saved` are the open `Checkpoints` of workdir.
+  `saved` are the open `Checkpoints` of workdir; for `length` see
+  `experiment.restore_average`.
   """
   like = replicated(model.abstract_params(), layout)
-  params = saved.restore(step, like, 'ema')
+  params = experiment.restore_average(saved, step, like, length)
   return Run(
     model=model,
     workdir=pathlib.Path(workdir),
@@ -97,11 +98,17 @@ def restore(config, workdir, model=None) -> Run:
   Raises:
     FileNotFoundError, ValueError: there is none, or it is of another config.
   """
-  model = model or experiment.build(config)
+  model, lengths = model or experiment.build(config), config.eval.ema_length
+  if len(lengths) > 1:
+    raise ValueError(
+      f'config.eval.ema_length={lengths} needs to be one length: only --mode '
+      'eval takes several.'
+    )
   with Checkpoints(workdir, fall_back=True) as saved:
     experiment.claim(config, workdir, write=False)
+    length = lengths[0] if lengths else None
     restored = functools.partial(
-      restore_step, model, make_layout(), saved, workdir
+      restore_step, model, make_layout(), saved, workdir, length=length
     )
     return saved.restore_first(config.eval.checkpoint, restored)[1]
 

@@ -99,6 +99,11 @@ class Training(Options):
   ema_warmup: bool = option(
     False, 'Whether the decay is min(ema_rate, (1 + n) / (10 + n)) at step n.'
   )
+  ema_lengths: tuple[float, ...] = option(
+    (),
+    'Relative lengths of further averages that are kept, such as 0.05,0.1.',
+    optimization.LENGTHS,
+  )
   n_jitted_steps: int = option(5, 'Steps in one compiled call.', POSITIVE)
   grad_accumulation: int = option(
     1, 'Parts that a batch is split into, to save memory.', POSITIVE
@@ -175,6 +180,14 @@ class Evaluation(Options):
 
   checkpoint: str | int = option(
     'last', "'last', 'best', 'all', a step, or 'first:last'.", marks=()
+  )
+  ema_length: tuple[float, ...] = option(
+    (),
+    'Relative length of the average of the parameters, combined from those of '
+    'training.ema_lengths; --mode eval takes several; empty for that of '
+    'training.ema_rate.',
+    optimization.LENGTHS,
+    marks=(),  # Results are named by the parameters.
   )
   batch_size: int = option(
     1024,

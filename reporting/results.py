@@ -3,6 +3,7 @@
 A result is a dict, as in the JSON files of an evaluation:
 
 - 'step', of the checkpoint, or 'images', the path of images that were scored;
+- 'ema_length', of the average of the parameters, if it is not the constant one;
 - 'sampler', 'nfe', 'count', 'seed' and 'inception_variant', where they apply;
 - metrics, by name: every value that is a dict with a 'value', which is None if
   the metric is not available. It may have 'std_error', 'probe_error' and
@@ -40,6 +41,8 @@ def _settings(result):
     k: v for k, v in result.get('sampler', {}).items() if k not in OF_SAMPLE
   }
   settings['seed'] = result.get('seed')
+  if 'ema_length' in result:
+    settings['ema_length'] = result['ema_length']
   if 'sampler' in result:
     settings['N'] = result.get('count')
     settings['variant'] = result.get('inception_variant')
@@ -122,7 +125,9 @@ def save_results(folder, results, cost=()):
     cost: see `save_curves`.
   """
   folder = pathlib.Path(folder)
-  order = lambda r: (r['step'], r.get('nfe', 0), r.get('count', 0))
+  order = lambda r: (
+    r['step'], r.get('nfe', 0), r.get('count', 0), r.get('ema_length', 0)
+  )  # fmt: skip
   results = sorted(results, key=order)
   say(table(results))
   write_json(folder / 'results.json', results)
@@ -143,7 +148,7 @@ def _lines(results, labels, x, name):
 
 
 def save_curves(path, results, names, cost=()):
-  """Plot metrics against the step, and the FID against the NFE, as one PNG.
+  """Plot metrics against step and EMA length, and FID against NFE, as one PNG.
 
   Results that differ in more than the horizontal axis, such as the sampler, are
   lines of their own, labelled with what they differ in. Nothing is written if
@@ -158,16 +163,26 @@ def save_curves(path, results, names, cost=()):
   """
   over_steps = _labels(results)
   steps = {result['step'] for result in results}
-  over_nfe = [
-    ', '.join(filter(None, [label, f'step {r["step"]}' * (len(steps) > 1)]))
-    for r, label in zip(results, _labels(results, cost), strict=True)
-  ]
+
+  def over(left_out):
+    return [
+      ', '.join(filter(None, [label, f'step {r["step"]}' * (len(steps) > 1)]))
+      for r, label in zip(results, _labels(results, left_out), strict=True)
+    ]
+
+  averaged = [r for r in results if 'ema_length' in r]
+  several = len({r['ema_length'] for r in averaged}) > 1
   panels = [
     *(
       ('step', name, _lines(results, over_steps, 'step', name))
       for name in names
     ),
-    ('nfe', 'fid', _lines(results, over_nfe, 'nfe', 'fid')),
+    ('nfe', 'fid', _lines(results, over(cost), 'nfe', 'fid')),
+    *(
+      (x, name, _lines(results, over([x]), x, name))
+      for x in ['ema_length'] * several
+      for name in names
+    ),
   ]
   panels = [panel for panel in panels if panel[2]]
   if not panels:
@@ -184,7 +199,8 @@ def save_curves(path, results, names, cost=()):
     for label, points in found.items():
       at, value, error = zip(*sorted(points), strict=True)
       ax.errorbar(at, value, yerr=error, marker='o', capsize=3, label=label)
-    ax.set(xlabel={'nfe': 'NFE'}.get(x, x), ylabel=name)
+    labels = {'nfe': 'NFE', 'ema_length': 'EMA length'}
+    ax.set(xlabel=labels.get(x, x), ylabel=name)
     ax.grid(alpha=0.3)
     if any(found):
       ax.legend(fontsize='xx-small')

@@ -1,8 +1,10 @@
 """Test learning rates, optimizers and averages against closed forms."""
 
 import json
+import shutil
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -11,6 +13,7 @@ import pytest
 import experiment
 import optimization
 import run_lib
+from commands import evaluate, sample
 from configs import schema
 from runtime import options
 from tests.test_interruptions import points
@@ -217,3 +220,162 @@ def test_muon_leaves_the_rest_to_adam():
     optimizer = optimization.make_optimizer(cls(**settings))
     moved.append(_step(optimizer, grads, params, optimizer.init(params))[0])
   jax.tree.map(np.testing.assert_array_equal, *moved)
+
+
+# ------------------------------------------------------------------- averages
+
+
+def test_exponents_are_those_of_the_paper():
+  # Karras et al. 2024, Section 3.1, gives 6.94 and 16.97.
+  np.testing.assert_allclose(optimization.exponent(0.10), 6.94, atol=5e-3)
+  np.testing.assert_allclose(optimization.exponent(0.05), 16.97, atol=5e-3)
+  for g in (0.0, 0.5, 6.94, 100.0):
+    length = np.sqrt(g + 1) / ((g + 2) * np.sqrt(g + 3))
+    np.testing.assert_allclose(optimization.exponent(length), g, atol=1e-8)
+
+
+def test_an_average_weights_steps_by_its_profile():
+  steps, length = 300, 0.1
+  params = np.random.default_rng(0).normal(size=(steps, 5)).astype(np.float32)
+  averages = optimization.start_averages(jnp.full(5, 9.0), [length])
+  (found,), _ = jax.lax.scan(
+    lambda a, now: (
+      (optimization.update_averages({length: a[0]}, *now)[length],),
+      None,
+    ),
+    (averages[length],),
+    (params, jnp.arange(1, steps + 1)),
+  )
+  # The integral of the profile over each step.
+  g = optimization.exponent(length)
+  weights = np.diff((np.arange(steps + 1) / steps) ** (g + 1))
+  np.testing.assert_allclose(found, weights @ params, atol=2e-6)
+
+
+SNAPSHOTS = [(t, s) for t in range(250, 2001, 250) for s in (0.05, 0.1)]
+
+
+@pytest.mark.parametrize(
+  ('snapshots', 'length'),
+  [(SNAPSHOTS, 0.08), (SNAPSHOTS, 0.2), (SNAPSHOTS[-4:], 0.06)],
+)
+def test_combination_is_that_of_quadrature(snapshots, length):
+  x, dx = np.linspace(0, 2000, 400_001, retstep=True)
+
+  def profile(step, length):
+    g = optimization.exponent(length)
+    inside = np.where(x <= step, x, 0)
+    return (g + 1) * inside**g / float(step) ** (g + 1) * np.sqrt(dx)
+
+  basis = np.stack([profile(*snapshot) for snapshot in snapshots], axis=1)
+  wanted = profile(2000, length)
+  # The last weight is 1 less the others.
+  rest = np.linalg.lstsq(
+    basis[:, :-1] - basis[:, -1:], wanted - basis[:, -1], rcond=None
+  )[0]
+  want = np.append(rest, 1 - rest.sum())
+  found, error = optimization.combination(snapshots, 2000, length)
+  np.testing.assert_allclose(found, want, atol=2e-4)
+  missed = np.linalg.norm(basis @ want - wanted) / np.linalg.norm(wanted)
+  np.testing.assert_allclose(error, missed, rtol=1e-3, atol=1e-5)
+
+
+def test_any_length_is_combined_from_two():
+  """Combine averages of a noisy path, and compare with one that was kept."""
+  steps, every, lengths = 4096, 128, (0.05, 0.08, 0.1)
+  time = np.arange(1, steps + 1)[:, None] / steps
+  noise = np.random.default_rng(0).normal(size=(steps, 8))
+  path = 3 + np.exp(-5 * time) + 0.01 * noise + np.sin(3 * time)
+
+  def take(averages, now):
+    averages = optimization.update_averages(averages, *now)
+    return averages, averages
+
+  path = jnp.asarray(path, jnp.float32)
+  start = optimization.start_averages(path[0], lengths)
+  _, kept = jax.lax.scan(take, start, (path, jnp.arange(1, steps + 1)))
+  snapshots = [
+    (t, s) for t in range(every, steps + 1, every) for s in (0.05, 0.1)
+  ]
+  weights, error = optimization.combination(snapshots, steps, 0.08)
+  found = sum(
+    w * kept[s][t - 1] for w, (t, s) in zip(weights, snapshots, strict=True)
+  )
+  assert error < 2e-3
+  np.testing.assert_allclose(found, kept[0.08][-1], atol=1e-5)
+  # The averages themselves differ much more.
+  assert np.abs(kept[0.05][-1] - kept[0.08][-1]).min() > 1e-2
+
+
+STEPS_OF_RUN = 32
+
+
+def averaged_config(*lengths, n_iters=STEPS_OF_RUN):
+  config = points()
+  config.training.update(n_iters=n_iters, checkpoint_freq=4, snapshot_freq=4)
+  config.training.ema_lengths = lengths
+  config.optim.update(lr=1e-3, warmup=0)
+  config.eval.update(enable_bpd=False, enable_sampling=False)
+  return config
+
+
+@pytest.fixture(scope='module')
+def averaged(tmp_path_factory):
+  """Return the workdir of a run that keeps averages of two lengths."""
+  workdir = tmp_path_factory.mktemp('averaged') / 'run'
+  run_lib.train(averaged_config(0.05, 0.1), workdir)
+  return workdir
+
+
+def flat(workdir, length=None):
+  _, params = experiment.load(workdir, ema_length=length)
+  return np.asarray(jax.flatten_util.ravel_pytree(params)[0])
+
+
+def test_a_run_has_averages_of_any_length(averaged, tmp_path, capsys):
+  run_lib.train(averaged_config(0.08), tmp_path / 'whole')
+  tracked = flat(tmp_path / 'whole', 0.08)
+  combined = flat(averaged, 0.08)
+  assert (
+    'with a relative error of its profile of 0.011' in capsys.readouterr().out
+  )
+  scale = np.abs(flat(averaged, 0.05) - tracked).max()
+  assert np.abs(combined - tracked).max() < 0.1 * scale
+  # A kept length is what was kept, and the constant average is as before.
+  config = averaged_config()
+  run_lib.train(config, tmp_path / 'plain')
+  np.testing.assert_array_equal(flat(tmp_path / 'plain'), flat(averaged))
+  # A stop changes nothing.
+  run_lib.train(averaged_config(0.08, n_iters=14), tmp_path / 'parts')
+  run_lib.train(averaged_config(0.08), tmp_path / 'parts')
+  np.testing.assert_array_equal(flat(tmp_path / 'parts', 0.08), tracked)
+  # Averages begin at the first step or not at all.
+  with pytest.raises(ValueError, match=r'no averages of the lengths \[0.1\]'):
+    run_lib.train(averaged_config(0.08, 0.1, n_iters=40), tmp_path / 'parts')
+  with pytest.raises(ValueError, match='config.eval.ema_length needs averages'):
+    flat(tmp_path / 'plain', 0.08)
+
+
+def test_a_sweep_of_lengths_is_one_command(averaged):
+  config = averaged_config(0.05, 0.1)
+  config.eval.ema_length = 0.06, 0.08, 0.1
+  evaluate.evaluate(config, averaged)
+  results = json.loads((averaged / 'eval' / 'results.json').read_text())
+  assert [r['ema_length'] for r in results] == [0.06, 0.08, 0.1]
+  assert len({r['test_loss']['value'] for r in results}) == 3
+  assert len([*(averaged / 'eval').glob('step_32-*')]) == 3
+  assert (averaged / 'eval' / 'results.png').is_file()
+  assert 'ema_length 0.08' in (averaged / 'eval' / 'results.txt').read_text()
+  with pytest.raises(ValueError, match='needs to be one length'):
+    sample.sample(config, averaged)
+
+
+def test_a_damaged_average_is_left_out(averaged, tmp_path, capsys):
+  shutil.copytree(averaged, tmp_path / 'run')
+  path = tmp_path / 'run' / 'checkpoints' / '28' / 'average_0.1'
+  shutil.rmtree(path)
+  path.mkdir()
+  combined = flat(tmp_path / 'run', 0.08)
+  said = capsys.readouterr().out
+  assert '/28 cannot be read' in said and 'combined of 14' in said
+  np.testing.assert_allclose(combined, flat(averaged, 0.08), atol=1e-3)
