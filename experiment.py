@@ -188,7 +188,7 @@ class Experiment:
         label = jnp.where(drop, self.num_labels, label)
       of_class = score_fn
       score_fn = lambda x, t: of_class(x, t, label)
-    return self.loss_fn(rng_loss, score_fn, self.sde, x0)
+    return self.loss_fn(rng_loss, score_fn, self.sde, x0, train=train)
 
   def test_metrics(
     self, params: PyTree, rng: Rng, batch: dict

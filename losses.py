@@ -591,6 +591,67 @@ OBJECTIVES = {
 OF_LOSS = ('samples',)  # Test losses depend on these options.
 
 
+def independent(x0: Data, z: Data) -> Int[ArrayLike, ' B']:
+  """Return which noise each image gets: its own, independent of the image."""
+  return jnp.arange(x0.shape[0])
+
+
+def _products(x0, z):
+  """Return the inner product of each image and each noise, [B, B]."""
+  x0, z = (v.reshape(v.shape[0], -1) for v in (x0, z))
+  return jnp.matmul(x0, z.T, precision=jax.lax.Precision.HIGHEST)
+
+
+def greedy(x0: Data, z: Data) -> Int[ArrayLike, ' B']:
+  """Return which noise each image gets: in turn the closest that is left.
+
+  Args:
+    x0: clean data.
+    z: noise, shaped as x0.
+
+  Example:
+    >>> x0, z = jnp.array([[1.0], [0.0]]), jnp.array([[2.0], [1.1]])
+    >>> greedy(x0, z).tolist()
+    [1, 0]
+  """
+
+  def take(taken, row):
+    noise = jnp.argmin(row + taken)
+    return taken.at[noise].set(jnp.inf), noise
+
+  # Squared distances without the square of the image, which changes nothing.
+  distances = _dot(z, z)[None] - 2 * _products(x0, z)
+  return jax.lax.scan(take, jnp.zeros(len(distances)), distances)[1]
+
+
+def optimal(x0: Data, z: Data) -> Int[ArrayLike, ' B']:
+  """Return which noise each image gets, with the smallest sum of distances.
+
+  The distances are squared. It is the Hungarian algorithm, whose time grows as
+  B^3; for large batches `greedy` is faster.
+
+  Args:
+    x0: clean data.
+    z: noise, shaped as x0.
+
+  Example:
+    >>> x0, z = jnp.array([[1.0], [0.0]]), jnp.array([[2.0], [1.1]])
+    >>> optimal(x0, z).tolist()
+    [0, 1]
+  """
+  # All assignments have the same sums of squares.
+  rows, columns = optax.assignment.hungarian_algorithm(-_products(x0, z))
+  return jnp.zeros(len(rows), jnp.int32).at[rows].set(columns)
+
+
+# Immiscible diffusion (Li et al. 2024).
+ASSIGNMENTS = {
+  'independent': independent,
+  'greedy': greedy,
+  'optimal': optimal,
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoreMatching(Options):
   """Score matching of noisy data at random times.
@@ -629,6 +690,11 @@ class ScoreMatching(Options):
   eps: float = option(
     1e-5, 'Smallest time in training.', '[0, 1)', marks=OF_LOSS
   )
+  noise: Callable = option(
+    'independent',
+    'How the noise of a batch is given to its images in training.',
+    table=ASSIGNMENTS,
+  )
 
   @property
   def smallest(self) -> float:
@@ -646,6 +712,8 @@ class ScoreMatching(Options):
     score_fn: Callable,
     sde: sde_lib.SDE,
     x0: Data,
+    *,
+    train: bool = True,
   ) -> PerExample:
     """Return lambda(t) J(s(., t)) at random times and noise.
 
@@ -654,6 +722,7 @@ class ScoreMatching(Options):
       score_fn: score_fn(x, t) -> score, shaped as x.
       sde: forward process.
       x0: clean data in the model's range.
+      train: whether `noise` applies; test losses are of independent noise.
 
     Raises:
       ValueError: a choice does not suit the process.
@@ -662,6 +731,8 @@ class ScoreMatching(Options):
     rng_t, rng_z, *rngs = jax.random.split(rng, self.objective.num_keys)
     t, weight = self.times(rng_t, sde, x0.shape[0], self.eps)
     z = jax.random.normal(rng_z, x0.shape)
+    if train and self.noise is not independent:
+      z = z[self.noise(x0, z)]
     return self.objective(
       rngs,
       score_fn,

@@ -1,9 +1,15 @@
 """Test the losses against closed forms."""
 
+import pathlib
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import optimize
+from scipy.spatial import distance
 
 import losses
 import sde_lib
@@ -127,3 +133,77 @@ def test_a_section_of_a_config_makes_the_loss():
     make(objective='sliced', reduction='mean')
   with pytest.raises(ValueError, match='data.dataset'):
     make(times='uniform')
+
+
+# ------------------------------------------------------- assignment of noise
+
+
+def images_and_noise(n=24, dims=(3, 2)):
+  rng = np.random.default_rng(n)
+  x0, z = rng.normal(size=(2, n, *dims)).astype(np.float32)
+  flat = (v.reshape(n, -1) for v in (x0, z))
+  return x0, z, distance.cdist(*flat, 'sqeuclidean')
+
+
+def test_optimal_assignment_is_that_of_scipy():
+  x0, z, cost = images_and_noise()
+  _, want = optimize.linear_sum_assignment(cost)
+  np.testing.assert_array_equal(jax.jit(losses.optimal)(x0, z), want)
+  # On a line both are sorted.
+  x0, z, _ = images_and_noise(dims=(1,))
+  found = z[np.asarray(losses.optimal(x0, z))]
+  order = np.argsort(x0[:, 0])
+  np.testing.assert_array_equal(found[order], np.sort(z, axis=0))
+
+
+def test_greedy_assignment_is_in_turn():
+  x0, z, cost = images_and_noise()
+  want = []
+  for row in cost:
+    row[want] = np.inf
+    want.append(int(np.argmin(row)))
+  np.testing.assert_array_equal(jax.jit(losses.greedy)(x0, z), want)
+  assert sorted(want) == [*range(len(want))]
+
+
+@pytest.mark.parametrize('noise', [*losses.ASSIGNMENTS])
+def test_noise_is_assigned_in_training_only(noise):
+  """Check which x_t the score is asked for."""
+  x0, _, _ = images_and_noise()
+  assign = losses.ASSIGNMENTS[noise]
+  loss, sde, asked = losses.ScoreMatching(noise=assign), SDES[1], []
+
+  def score_fn(x, t):
+    asked.append((x, t))
+    return -x
+
+  for train in (True, False):
+    loss(jax.random.key(0), score_fn, sde, x0, train=train)
+  (x, t), (apart, _) = asked
+
+  def noise_of(x):
+    alpha, sigma = (sde_lib.expand(v, x) for v in sde.marginal(t))
+    return np.asarray((x - alpha * x0) / sigma)
+
+  z = jax.random.normal(jax.random.split(jax.random.key(0), 2)[1], x0.shape)
+  np.testing.assert_allclose(noise_of(apart), z, atol=1e-3)
+  np.testing.assert_allclose(noise_of(x), z[assign(x0, z)], atol=1e-3)
+  assert (noise == 'independent') == np.array_equal(x, apart)
+
+
+def test_noise_is_assigned_over_all_devices():
+  program = """
+import jax
+jax.config.update('jax_num_cpu_devices', 4)
+import numpy as np
+import losses
+from runtime.devices import make_layout, to_global
+from tests.test_losses import images_and_noise
+layout, (x0, z, _) = make_layout(), images_and_noise()
+split = [to_global(layout.split, v) for v in (x0, z)]
+assert len(split[0].addressable_shards) == 4
+for assign in losses.ASSIGNMENTS.values():
+  np.testing.assert_array_equal(jax.jit(assign)(*split), assign(x0, z))
+"""
+  root = pathlib.Path(__file__).parents[1]
+  subprocess.run([sys.executable, '-c', program], cwd=root, check=True)

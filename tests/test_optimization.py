@@ -16,6 +16,7 @@ import run_lib
 from commands import evaluate, sample
 from configs import schema
 from runtime import options
+from tests import tiny
 from tests.test_interruptions import points
 
 # ------------------------------------------------------------------ schedules
@@ -220,6 +221,19 @@ def test_muon_leaves_the_rest_to_adam():
     optimizer = optimization.make_optimizer(cls(**settings))
     moved.append(_step(optimizer, grads, params, optimizer.init(params))[0])
   jax.tree.map(np.testing.assert_array_equal, *moved)
+
+
+def test_a_resumed_run_with_muon_is_as_one_without_a_stop(tmp_path):
+  changes = {'optim__optimizer': 'muon', 'training__noise': 'optimal'}
+  config = tiny.get_config(**changes, training__n_iters=4)
+  whole = trained(config, tmp_path / 'whole')
+  stopped = tiny.get_config(**changes, training__n_iters=2)
+  trained(stopped, tmp_path / 'parts')
+  parts = trained(config, tmp_path / 'parts')
+  jax.tree.map(np.testing.assert_array_equal, parts, whole)
+  config.optim.optimizer = 'adam'
+  with pytest.raises(ValueError, match="with config.optim.optimizer='muon'"):
+    run_lib.train(config, tmp_path / 'parts')
 
 
 # ------------------------------------------------------------------- averages
