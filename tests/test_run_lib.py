@@ -93,11 +93,10 @@ def restored(workdir, step):
   layout, model = make_layout(), experiment.build(CONFIG)
   init, _ = run_lib.make_init(model, layout)
   like = jax.eval_shape(init, model.abstract_params())
-  like = replicated(like, layout)._asdict()
-  ema = like.pop('ema')
+  like = replicated(like, layout)
   with Checkpoints(workdir) as saved:
-    arrays = saved.restore(step, like, 'state')
-    arrays['ema'] = saved.restore(step, ema, 'ema')
+    arrays = saved.restore(step, run_lib.without_ema(like), 'state')
+    arrays['ema'] = saved.restore(step, like.ema, 'ema')
   return {
     jax.tree_util.keystr(path): np.asarray(value)
     for path, value in jax.tree_util.tree_leaves_with_path(arrays)
