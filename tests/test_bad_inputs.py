@@ -137,6 +137,12 @@ VALUES = f"""
 {TRAIN} --config.training.weighting=none => config.training.weighting='none'
 {TRAIN} --config.training.label_dropout=1.1 => config.training.label_dropout
 {TRAIN} --config.optim.lr=-1e-3 => config.optim.lr=-0.001
+{TRAIN} --config.optim.optimizer=sgd => config.optim.optimizer='sgd'
+{TRAIN} --config.optim.schedule=step => config.optim.schedule='step'
+{TRAIN} --config.optim.unit=epochs => config.optim.unit='epochs'
+{TRAIN} --config.optim.muon_beta=1 => config.optim.muon_beta=1.0
+{TRAIN} --config.training.ema_lengths=0.05,0.3 => config.training.ema_lengths
+{TRAIN} --config.training.noise=sorted => config.training.noise='sorted'
 {TRAIN} --config.optim.lr=inf => config.optim.lr=inf
 {TRAIN} --config.optim.lr=nan => config.optim.lr=nan
 {TRAIN} --config.optim.beta1=1 => config.optim.beta1=1.0
@@ -240,6 +246,11 @@ WORKDIRS = f"""
 --workdir=text.txt/run --config={TINY} --mode=train => text.txt
 --workdir=text.txt --mode=sample => text.txt
 --workdir=untrained --mode=sample => untrained/checkpoints
+{RUN}eval --config.eval.ema_length=0.4 => config.eval.ema_length=(0.4,)
+{RUN}eval --config.eval.ema_length=0.08 => training.ema_lengths
+{RUN}sample --config.eval.ema_length=0.08 => training.ema_lengths
+{RUN}sample --config.eval.ema_length=0.06,0.08 => --mode eval
+{RUN}export --output=n.safetensors --config.eval.ema_length=0.1 => ema_lengths
 --workdir=untrained --mode=eval => untrained/checkpoints
 --workdir=untrained --mode=encode => untrained/checkpoints
 --workdir=damaged_run --mode=sample => damaged_run/checkpoints/4
