@@ -1,9 +1,10 @@
 """Training over all devices of all hosts: state, step, and a loop with hooks.
 
-One program runs on every host; arrays are global. The state is replicated, the
-batch is split along the only axis of the mesh, and `jax.jit` inserts the
-communication: means over the batch are means over the examples of all devices,
-and random numbers do not depend on the number of devices.
+One program runs on every host; arrays are global. The state is replicated or,
+with `training.shard_state`, split over the devices between steps; the batch is
+split along the only axis of the mesh, and `jax.jit` inserts the communication:
+means over the batch are means over the examples of all devices, and random
+numbers do not depend on the number of devices.
 """
 
 import collections
@@ -32,11 +33,13 @@ from data import datasets, record
 from reporting import pictures
 from runtime.devices import (
   Layout,
+  bytes_per_device,
   check_divisible,
   largest,
   make_layout,
   on_first_host,
   replicated,
+  spread,
   to_global,
 )
 from runtime.locks import lock
@@ -71,7 +74,7 @@ class TrainState(typing.NamedTuple):
 def make_init(model, layout):
   """Return init(params) -> TrainState and place() -> TrainState.
 
-  `place` draws parameters and puts the state on all devices, replicated.
+  `place` draws parameters and puts the state on all devices.
   """
 
   lengths = model.config.training.ema_lengths
@@ -87,9 +90,22 @@ def make_init(model, layout):
     params = model.init_params(jax.random.key(model.config.seed))
     # Made on the devices by jit: device_put may alias, and an alias of a
     # donated buffer would be deleted with it.
-    return jax.jit(init, out_shardings=layout.replicated)(params)
+    return jax.jit(init, out_shardings=state_shardings(model, layout))(params)
 
   return init, place
+
+
+def abstract_state(model, layout):
+  """Return the TrainState as shapes, dtypes and shardings."""
+  init, _ = make_init(model, layout)
+  like = jax.eval_shape(init, model.abstract_params())
+  share = spread if model.config.training.shard_state else replicated
+  return share(like, layout)
+
+
+def state_shardings(model, layout):
+  """Return the TrainState of the shardings of its arrays."""
+  return jax.tree.map(lambda v: v.sharding, abstract_state(model, layout))
 
 
 def _mean_gradient(mean_loss, parts, unrolled):
@@ -122,13 +138,22 @@ def _mean_gradient(mean_loss, parts, unrolled):
   return gradient
 
 
-def make_one_step(model, unrolled):
+def make_one_step(model, layout, unrolled):
   """Return one_step(state, batch) -> (state, loss), not compiled.
 
-  What is random at a step is a function of the seed and the step alone.
+  What is random at a step is a function of the seed and the step alone. With
+  `training.shard_state` each device updates its part of the state, of which all
+  gather the parameters first.
   """
   training = model.config.training
-  base_rng = jax.random.key(model.config.seed)
+  base_rng = jax.random.key(model.config.seed, impl=training.prng)
+  gather = split = keep = lambda tree: tree
+  if training.shard_state:
+    shardings = state_shardings(model, layout)
+    constrain = jax.lax.with_sharding_constraint
+    gather = lambda params: constrain(params, layout.replicated)
+    split = lambda grads: constrain(grads, shardings.params)
+    keep = lambda state: constrain(state, shardings)
 
   def mean_loss(params, rng, batch):
     return jnp.mean(model.loss(params, rng, batch))
@@ -137,9 +162,9 @@ def make_one_step(model, unrolled):
 
   def one_step(state, batch):
     rng = jax.random.fold_in(base_rng, state.step)
-    loss, grads = gradient(state.params, rng, batch)
+    loss, grads = gradient(gather(state.params), rng, batch)
     updates, opt_state = model.optimizer.update(
-      grads, state.opt_state, state.params
+      split(grads), state.opt_state, state.params
     )
     params = optax.apply_updates(state.params, updates)
     step = state.step + 1
@@ -148,7 +173,7 @@ def make_one_step(model, unrolled):
     )
     ema = optax.incremental_update(params, state.ema, 1 - decay)
     averages = optimization.update_averages(state.averages, params, step)
-    return TrainState(step, params, opt_state, ema, averages), loss
+    return keep(TrainState(step, params, opt_state, ema, averages)), loss
 
   return one_step
 
@@ -164,13 +189,14 @@ def make_train_steps(model, layout):
   shapes = jax.tree.leaves(model.abstract_params())
   convolves = any(shape.ndim > 2 for shape in shapes)
   unrolled = convolves and jax.default_backend() == 'cpu'
-  one_step = make_one_step(model, unrolled)
+  one_step = make_one_step(model, layout, unrolled)
+  shardings = state_shardings(model, layout)
 
   def compiled(function, sharding):
     return jax.jit(
       function,
-      in_shardings=(layout.replicated, sharding),
-      out_shardings=layout.replicated,
+      in_shardings=(shardings, sharding),
+      out_shardings=(shardings, layout.replicated),
       donate_argnums=0,
     )
 
@@ -387,7 +413,7 @@ def watch_test_loss(model, layout, test_set, saved) -> Hook:
     if now.due(training.eval_freq, *saving) or now.finished:
       now.scalars |= test_loss(
         eval_loss,
-        now.state.ema,
+        jax.device_put(now.state.ema, layout.replicated),
         test_set,
         training.batch_size,
         layout,
@@ -445,7 +471,8 @@ def draw_snapshot(model, layout, folder) -> Hook:
     due = now.due(training.snapshot_freq) or now.finished
     if not due or now.stopping:
       return
-    found = sample(now.state.ema, jax.random.key(model.config.seed))
+    params = jax.device_put(now.state.ema, layout.replicated)
+    found = sample(params, jax.random.key(model.config.seed))
     x = found.x
     try:
       experiment.check_samples(model.config, found, math.inf)
@@ -528,11 +555,10 @@ def without_ema(state):
 
 def restore_or_init(model, layout, saved):
   """Return (state, steps taken): of the last checkpoint, or a new one."""
-  init, place = make_init(model, layout)
   if saved.last is None:
+    _, place = make_init(model, layout)
     return place(), 0
-  like = jax.eval_shape(init, model.abstract_params())
-  like = replicated(like, layout)
+  like = abstract_state(model, layout)
   missing = set(like.averages) - set(saved.lengths(saved.last))
   if missing:
     raise ValueError(
@@ -582,6 +608,7 @@ def _describe(model, state, train_set):
   say(
     f'{model.config.model.name}, {num_params / 1e6:.2f}M parameters, '
     f'{jax.device_count()} {jax.devices()[0].platform} device(s), '
+    f'{bytes_per_device(state) / 2**20:.4g} MiB of state on each, '
     f'{len(train_set)} images of {train_set.name}; compiling.'
   )
 

@@ -108,6 +108,17 @@ class Training(Options):
   grad_accumulation: int = option(
     1, 'Parts that a batch is split into, to save memory.', POSITIVE
   )
+  shard_state: bool = option(
+    False,
+    'Whether parameters, their average and the moments of Adam are split over '
+    'the devices, to save memory.',
+  )
+  prng: str = option(
+    'threefry2x32',
+    'Generator of the random numbers of training steps, by its name in JAX.',
+    choices=('threefry2x32', 'rbg', 'unsafe_rbg'),
+    marks=('run',),
+  )
   log_freq: int = option(
     50, 'Steps between two lines of the log; 0 for never.', OR_NEVER
   )

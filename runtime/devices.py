@@ -90,6 +90,42 @@ def replicated(like, layout):
   )
 
 
+# Smaller arrays are not worth a communication: each device holds them.
+SMALLEST_SPLIT = 1024
+
+
+def spread(like, layout):
+  """Return shapes and dtypes, as `replicated` does, of arrays that are split.
+
+  Each array is split along its largest dimension that the devices divide. One
+  that has none, or fewer than `SMALLEST_SPLIT` elements, is on every device.
+  """
+  mesh = layout.replicated.mesh
+
+  def split(v):
+    axes = [i for i, n in enumerate(v.shape) if n % mesh.size == 0]
+    spec = P()
+    if axes and math.prod(v.shape) >= SMALLEST_SPLIT:
+      axis = max(axes, key=lambda i: v.shape[i])
+      spec = P(*[None] * axis, *mesh.axis_names)
+    sharding = NamedSharding(mesh, spec)
+    return jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding)
+
+  return jax.tree.map(split, like)
+
+
+def bytes_per_device(arrays) -> int:
+  """Return the bytes that a pytree takes on each device.
+
+  Args:
+    arrays: pytree of arrays, or of shapes and dtypes with shardings.
+  """
+  return sum(
+    math.prod(v.sharding.shard_shape(v.shape)) * v.dtype.itemsize
+    for v in jax.tree.leaves(arrays)
+  )
+
+
 def all_hosts(flag) -> bool:
   """Return whether the flag is true on every host; all hosts must call it."""
   flags = np.asarray(bool(flag))

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -21,7 +22,7 @@ from PIL import Image
 import experiment
 import run_lib
 from checkpoints.workdir import Checkpoints
-from runtime.devices import make_layout, replicated, to_global
+from runtime.devices import bytes_per_device, make_layout, replicated, to_global
 from runtime.progress import Log
 from solvers.base import Samples
 from tests import tiny
@@ -47,6 +48,36 @@ if not process:
     run_lib.train(tiny.get_config(training__batch_size=12), workdir + '_12')
   except ValueError as error:
     print(error)
+"""
+
+# On 8 devices, with the state split over them: trains 8 steps in one workdir,
+# restores them on 4 devices, and continues the whole state of another workdir.
+SHARDED = f"""
+import sys
+import jax
+jax.config.update('jax_num_cpu_devices', 8)
+import experiment, run_lib
+from checkpoints.workdir import Checkpoints
+from runtime import devices
+from tests import tiny
+devices.SMALLEST_SPLIT = 64
+ours, theirs = sys.argv[1:]
+options = {OVERRIDES} | {{'training__shard_state': True}}
+eight = tiny.get_config(**options | {{'training__n_iters': 8}})
+run_lib.train(eight, ours)
+mesh = jax.sharding.Mesh(jax.devices()[:4], ('data',))
+whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+four = devices.make_layout()._replace(replicated=whole)
+model = experiment.build(eight)
+with Checkpoints(ours) as saved:
+  state, step = run_lib.restore_or_init(model, four, saved)
+wanted = devices.bytes_per_device(run_lib.abstract_state(model, four))
+print('RESTORED', step, wanted, *[
+  sum(s.data.nbytes for v in jax.tree.leaves(state)
+      for s in v.addressable_shards if s.device == device)
+  for device in jax.devices()
+])
+run_lib.train(tiny.get_config(**options), theirs)
 """
 
 # Runs main.py, but kills it as soon as it has logged step 9.
@@ -169,6 +200,42 @@ def test_eight_devices_are_as_one(finished, tmp_path):
   assert line.startswith('config.training.batch_size')
   assert line.endswith('=12 does not divide by the 8 devices: use 16, say.')
   assert not (tmp_path / 'run_12').exists()
+
+
+def test_split_state_is_as_whole(finished, copied, tmp_path, capsys):
+  shutil.rmtree(copied / 'checkpoints' / '12')
+  shutil.rmtree(copied / 'samples')
+  ours = tmp_path / 'ours'
+  worker = start(SHARDED, ours, copied)
+  out, err = worker.communicate()
+  assert worker.returncode == 0, err
+  # Whole on one device, an eighth and the small arrays on each of eight.
+  model = experiment.build(CONFIG)
+  whole = bytes_per_device(run_lib.abstract_state(model, make_layout()))
+  mib = float(re.search(r'8 cpu device\(s\), (\S+) MiB of state', out)[1])
+  assert mib * 2**20 < 0.4 * whole
+  # Eight devices to four.
+  step, wanted, *found = map(int, re.search('RESTORED (.*)', out)[1].split())
+  assert step == 8 and found == [wanted] * 4 + [0] * 4
+  assert mib * 2**20 < wanted < 0.6 * whole
+  # One device, whole, to eight.
+  assert 'Resuming at step 8.' in out
+  assert_close(copied, finished)
+  # Eight devices to one, whole: sampling and training.
+  draws = []
+  for workdir in (ours, finished):
+    model, params = experiment.load(workdir, 8)
+    draws.append(model.sample(params, jax.random.key(0), 4))
+  assert np.abs(np.int32(draws[0]) - draws[1]).max() <= 1
+  run_lib.train(CONFIG, ours)
+  assert 'Resuming at step 8.' in capsys.readouterr().out
+  assert_close(ours, finished)
+  for workdir in (ours, copied):
+    arrays = restored(workdir, 12)
+    for path, value in restored(finished, 12).items():
+      np.testing.assert_allclose(
+        arrays[path], value, rtol=1e-4, atol=1e-5, err_msg=path
+      )
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from runtime import devices
 
@@ -22,6 +24,29 @@ def test_replicated():
   found = devices.replicated({'a': np.zeros((2, 3), np.float32)}, layout)
   assert found['a'].shape == (2, 3) and found['a'].dtype == np.float32
   assert found['a'].sharding == layout.replicated
+
+
+def test_spread():
+  layout = devices.make_layout()
+  mesh = jax.sharding.AbstractMesh((8,), ('data',))
+  layout = layout._replace(replicated=NamedSharding(mesh, P()))
+  shapes = {
+    (3, 3, 16, 64): P(None, None, None, 'data'),
+    (3, 3, 64, 16): P(None, None, 'data'),
+    (64, 64): P('data'),
+    (1023, 8): P(None, 'data'),  # The largest does not divide by 8.
+    (1023, 3): P(),
+    (512,): P(),
+    (): P(),
+  }
+  like = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
+  found = devices.spread(like, layout)
+  assert [v.sharding.spec for v in found] == [*shapes.values()]
+  assert [v.shape for v in found] == [*shapes]
+  elements = 2 * 9 * 16 * 8 + 64 * 8 + 1023 + 1023 * 3 + 512 + 1
+  assert devices.bytes_per_device(found) == 4 * elements
+  whole = devices.replicated({'a': np.zeros((2, 3), np.int8)}, layout)
+  assert devices.bytes_per_device(whole) == 6
 
 
 def test_check_divisible(monkeypatch):
