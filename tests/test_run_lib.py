@@ -239,12 +239,15 @@ def test_split_state_is_as_whole(finished, copied, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_two_processes_are_as_one(finished, tmp_path):
+@pytest.mark.parametrize('split', [False, True])
+def test_two_processes_are_as_one(finished, tmp_path, split):
   with socket.socket() as probe:
     probe.bind(('127.0.0.1', 0))
     port = probe.getsockname()[1]
   workdir = tmp_path / 'run'
-  workers = [start(WORKER, workdir, 1, i, port) for i in range(2)]
+  options = OVERRIDES | {'training__shard_state': split}
+  program = WORKER.replace(str(OVERRIDES), str(options))
+  workers = [start(program, workdir, 1, i, port) for i in range(2)]
   outputs = [worker.communicate() for worker in workers]
   for worker, (_, err) in zip(workers, outputs, strict=True):
     assert worker.returncode == 0, err
