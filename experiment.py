@@ -300,6 +300,15 @@ class Experiment:
 
   # ------------------------------------------------- likelihood, latent codes
 
+  @property
+  def _with_jvp(self):
+    """Return this with a network that has Jacobian-vector products."""
+    if getattr(self.network, 'attention', 'xla') == 'xla':
+      return self  # cuDNN's attention has none, but the same parameters.
+    return dataclasses.replace(
+      self, network=self.network.clone(attention='xla')
+    )
+
   def bits_per_dim(
     self, params: PyTree, rng: Rng, image: Data
   ) -> tuple[PerExample, PerExample, Array, Array]:
@@ -333,7 +342,7 @@ class Experiment:
       draw = likelihood.PROBES[chosen.bpd_trace]
       probes = draw(rng_probe, (chosen.bpd_probes, *x.shape))
     found = likelihood.log_likelihood(
-      self.score_fn(params, continuous=True),
+      self._with_jvp.score_fn(params, continuous=True),
       self.sde.continuous,
       x,
       probes,
@@ -453,6 +462,7 @@ def _check(model):
   config, training = model.config, model.config.training
   model.loss_fn.check(model.sde)
   _check_network(config)
+  _check_attention(model)
   _trace_network(model)
   _check_times(model)
   if model.is_classifier:
@@ -514,6 +524,37 @@ def _check_network(config):
         f'resolutions {", ".join(map(str, sizes))}.',
         stacklevel=4,
       )
+
+
+def _check_attention(model):
+  """Check that cuDNN has the attention of the network, where it is chosen."""
+  network, size = model.network, model.config.data.image_size
+  if getattr(network, 'attention', 'xla') == 'xla':
+    return
+  levels = [(size >> i, m * network.nf) for i, m in enumerate(network.ch_mult)]
+  heads = {c for n, c in levels if n in network.attn_resolutions}
+  heads.add(levels[-1][1])  # In the middle of the network.
+  device = jax.local_devices()[0]
+  # '9.0' of an H100; devices of other makers have none, or no number.
+  capability = getattr(device, 'compute_capability', '')
+  is_nvidia = device.platform == 'gpu' and '.' in capability
+  largest = 256 if is_nvidia and float(capability) >= 9 else 128
+  reason = ''
+  if network.dtype != 'bfloat16':
+    reason = "needs config.model.dtype='bfloat16'"
+  elif not is_nvidia or float(capability) < 8:
+    reason = f'needs an NVIDIA GPU from Ampere on, not {device.device_kind!r}'
+  elif model.config.training.objective.startswith(('implicit', 'sliced')):
+    reason = 'has no derivative as config.training.objective needs it'
+  elif wrong := [n for n in sorted(heads) if n > largest or n % 8]:
+    reason = (
+      f'needs heads of multiples of 8 up to {largest} channels on '
+      f'{device.device_kind!r}, and the network has one of {wrong[0]}'
+    )
+  if reason:
+    raise ValueError(
+      f"config.model.attention='cudnn' {reason}; 'xla' runs everywhere."
+    )
 
 
 def _trace_network(model):

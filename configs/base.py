@@ -88,6 +88,7 @@ _UNET = {
   **_ALL,
   'ch_mult': (1, 2, 2, 2),
   'attn_resolutions': (16,),
+  'attention': 'xla',
   'num_labels': 0,
 }
 

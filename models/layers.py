@@ -136,10 +136,12 @@ class NIN(nn.Module):
 class AttnBlock(nn.Module):
   """Single-head self-attention over all pixels, in a residual block.
 
-  Called AttnBlockpp in NCSN++ and AttnBlock in DDPM.
+  Called AttnBlockpp in NCSN++ and AttnBlock in DDPM. `implementation` is that
+  of `jax.nn.dot_product_attention`.
   """
 
   dtype: Any
+  implementation: str = 'xla'
   init_scale: float = 0.0
   skip_rescale: bool = False
   num_groups: int | None = None
@@ -153,7 +155,9 @@ class AttnBlock(nn.Module):
       for _ in 'qkv'
     )
     # softmax(q k^T / sqrt(C)) v, with the softmax in float32.
-    h = jax.nn.dot_product_attention(q, k, v, implementation='xla')
+    h = jax.nn.dot_product_attention(
+      q, k, v, implementation=self.implementation
+    )
     h = h.reshape(batch, height, width, channels)
     h = NIN(channels, self.dtype, self.init_scale)(h)
     return merge(x, h, rescale=self.skip_rescale)

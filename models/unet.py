@@ -28,6 +28,12 @@ class UNet(nn.Module):
   attn_resolutions: tuple[int, ...] = option(
     (16,), 'Image heights at which attention follows the blocks.', '[1, inf)'
   )
+  attention: str = option(
+    'xla',
+    "Implementation of attention; 'cudnn' needs bfloat16 and an NVIDIA GPU.",
+    choices=('xla', 'cudnn'),
+    marks=('samples',),
+  )
   dropout: float = option(0.1, 'Dropout rate in training.', '[0, 1)')
   resamp_with_conv: bool = option(
     True, 'Whether resampling between blocks convolves.'
@@ -77,6 +83,7 @@ class UNet(nn.Module):
     act = layers.ACTIVATIONS[self.nonlinearity]
     common = {'dtype': jnp.dtype(self.dtype), 'remat': self.remat}
     name, style = self.attention_style()
+    style = {'implementation': self.attention, **style}
     attention = layers.numbered(layers.AttnBlock, name, **style, **common)
     common |= {'act': act, 'dropout': self.dropout, 'train': train}
     name, style = self.block_style()

@@ -405,7 +405,9 @@ def test_diverging(copied):
 # --------------------------------------------- one compiled call, on a toy
 
 
-def take_steps(monkeypatch, *, parts, together, scan=False, noise=0.0):
+def take_steps(
+  monkeypatch, *, parts=1, together=1, scan=False, noise=0.0, **overrides
+):
   """Return parameters, averages and losses of 4 steps of SGD on 8 images.
 
   The loss is the squared distance of w to each image, plus noise.
@@ -417,7 +419,7 @@ def take_steps(monkeypatch, *, parts, together, scan=False, noise=0.0):
     return jnp.mean((x - params['w']) ** 2, axis=(1, 2, 3))
 
   config = tiny.get_config(
-    training__ema_rate=0.5, training__grad_accumulation=parts
+    training__ema_rate=0.5, training__grad_accumulation=parts, **overrides
   )
   images = np.random.default_rng(0).integers(0, 256, (4, 8, 2, 2, 1), np.uint8)
   images = images.reshape(4, parts, 8 // parts, 2, 2, 1)
@@ -464,6 +466,34 @@ def test_parts_and_steps_do_not_change_training(
   assert plain[2].shape == (4,)
   # w moves half of the way to the mean of each batch; its average is slower.
   assert 0.1 < float(plain[1].mean()) < float(plain[0].mean()) < 0.9
+
+
+@pytest.mark.parametrize('prng', ['rbg', 'unsafe_rbg'])
+def test_generators_of_random_numbers(monkeypatch, copied, prng):
+  plain, other, again, single = (
+    take_steps(monkeypatch, noise=1.0, **options)
+    for options in (
+      {},
+      {'training__prng': prng},
+      {'training__prng': prng},
+      {'training__prng': prng, 'together': 4, 'scan': True},
+    )
+  )
+  assert np.abs(plain[2] - other[2]).max() > 1e-3
+  for a, b, c in zip(other, again, single, strict=True):
+    np.testing.assert_array_equal(a, b)
+    np.testing.assert_allclose(a, c, rtol=1e-6)
+  # The network with dropout takes its keys.
+  config = tiny.get_config(training__prng=prng)
+  model, layout = experiment.build(config), make_layout()
+  step = run_lib.make_one_step(model, layout, True)
+  batch = {'image': np.zeros((1, *model.shape(8)), np.uint8)}
+  batch['label'] = np.zeros((1, 8), np.int32)
+  _, loss = jax.eval_shape(step, run_lib.abstract_state(model, layout), batch)
+  assert loss.shape == ()
+  # A run keeps its generator.
+  with pytest.raises(ValueError, match="training.prng='threefry2x32', not"):
+    run_lib.train(config, copied)
 
 
 def test_scan_draws_the_noise_of_single_steps(monkeypatch):

@@ -1,8 +1,10 @@
 """Keys of configs: declared once, checked, upgraded, marked."""
 
+import dataclasses
 import json
 import pathlib
 import re
+import types
 
 import jax
 import ml_collections
@@ -586,6 +588,46 @@ def test_levels_of_ncsn():
 def test_attention_at_no_resolution():
   with pytest.warns(UserWarning, match='no effect at 16: .*resolutions 8[.]'):
     experiment.build(tiny.get_config(model__attn_resolutions=(16, 8)))
+
+
+@pytest.mark.parametrize(
+  ('gpu', 'fields', 'objective', 'message'),
+  [
+    ('9.0', {}, 'denoising', ''),
+    ('12.0', {'nf': 128}, 'denoising', ''),
+    ('8.6', {'nf': 64}, 'denoising', ''),
+    ('9.0', {'dtype': 'float32'}, 'denoising', 'needs config.model.dtype='),
+    ('7.5', {}, 'denoising', 'needs an NVIDIA GPU from Ampere on'),
+    ('gfx942', {}, 'denoising', 'needs an NVIDIA GPU'),
+    (None, {}, 'denoising', "not 'cpu'; 'xla' runs everywhere.$"),
+    ('9.0', {}, 'sliced', 'config.training.objective needs'),
+    ('8.6', {'nf': 128}, 'denoising', "up to 128 .* 'GPU', .* one of 256"),
+    ('9.0', {'nf': 12}, 'denoising', 'multiples of 8 up to 256 .* of 12'),
+  ],
+)
+def test_attention_of_cudnn(monkeypatch, gpu, fields, objective, message):
+  model = experiment.build(tiny.get_config(training__objective=objective))
+  fields = {'attn_resolutions': (8,), 'ch_mult': (1, 2)} | fields
+  fields = {'dtype': 'bfloat16', 'attention': 'cudnn'} | fields
+  network = model.network.clone(**fields)
+  chosen = dataclasses.replace(model, network=network)
+  if gpu:
+    device = types.SimpleNamespace(
+      platform='gpu', compute_capability=gpu, device_kind='GPU'
+    )
+    monkeypatch.setattr(jax, 'local_devices', lambda: [device])
+  if message:
+    with pytest.raises(ValueError, match=f"attention='cudnn' .*{message}"):
+      experiment._check_attention(chosen)
+  else:
+    experiment._check_attention(chosen)
+    # It has no Jacobian-vector products, which likelihoods need.
+    assert chosen._with_jvp.network == network.clone(attention='xla')
+
+
+def test_attention_is_checked_before_training():
+  with pytest.raises(ValueError, match="attention='cudnn' needs config.model"):
+    experiment.build(changed(model__attention='cudnn'))
 
 
 def test_infinity_in_json():

@@ -219,6 +219,34 @@ def test_images_of_both_ranges_are_mapped_to_the_same():
   np.testing.assert_allclose(apply(centered, params, 2 * x - 1, cond), y)
 
 
+def test_attention_is_the_published_formula(monkeypatch):
+  """Check softmax(q k^T / sqrt(C)) v, and which implementation computes it."""
+  block, rng = layers.AttnBlock('float32'), np.random.default_rng(0)
+  x = rng.normal(size=(2, 4, 4, 8)).astype('f4')
+  shapes = jax.eval_shape(lambda: block.init(jax.random.key(0), x)['params'])
+  params = jax.tree.map(
+    lambda v: rng.normal(size=v.shape, scale=0.6).astype('f4'), shapes
+  )
+  nin = lambda i, h: h @ params[f'NIN_{i}']['W'] + params[f'NIN_{i}']['b']
+  norm = params['GroupNorm_0']
+  h = layers.nn.GroupNorm(2, epsilon=1e-6).apply({'params': norm}, x)
+  q, k, v = (nin(i, np.asarray(h).reshape(2, 16, 8)) for i in range(3))
+  weights = np.exp(q @ k.transpose(0, 2, 1) / np.sqrt(8))
+  weights /= weights.sum(-1, keepdims=True)
+  expected = x + nin(3, weights @ v).reshape(x.shape)
+  found = block.apply({'params': params}, x)
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+  chosen = []
+  monkeypatch.setattr(
+    jax.nn,
+    'dot_product_attention',
+    lambda q, k, v, implementation: chosen.append(implementation) or v,
+  )
+  for options in ({}, {'attention': 'cudnn'}):
+    shapes_of(models.create(**TINY | {'attn_resolutions': (8,)} | options))
+  assert chosen[:2] == ['xla'] * 2 and chosen[-2:] == ['cudnn'] * 2
+
+
 def test_first_output_is_zero():
   """Check that with init_scale=0 the score begins near zero."""
   model = models.create(**TINY)
