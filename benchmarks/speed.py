@@ -102,7 +102,7 @@ def time_training(model, layout, steps):
     'training_images_per_second': training.batch_size / seconds,
     'training_tflops': flops / seconds / 1e12,
   }
-  return results, state.ema
+  return results, jax.device_put(state.ema, layout.replicated)
 
 
 def time_sampling(config, layout, params, batch_size, steps):
