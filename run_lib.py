@@ -415,7 +415,8 @@ def watch_test_loss(model, layout, test_set, saved) -> Hook:
         eval_loss,
         jax.device_put(now.state.ema, layout.replicated),
         test_set,
-        training.batch_size,
+        # As many at a time as training has memory for.
+        training.batch_size // training.grad_accumulation,
         layout,
         limit=EVAL_IMAGES,
       )
@@ -459,7 +460,8 @@ def save_checkpoint(training, saved) -> Hook:
 def draw_snapshot(model, layout, folder) -> Hook:
   """Return a hook that draws a picture of samples."""
   training, devices = model.config.training, jax.device_count()
-  n = SNAPSHOT_POINTS if model.config.data.dims else SNAPSHOT_IMAGES
+  images = min(SNAPSHOT_IMAGES, model.config.eval.batch_size)
+  n = SNAPSHOT_POINTS if model.config.data.dims else images
   # As many as a picture shows, rounded up to as many on every device.
   sample = jax.jit(
     model.make_sample(math.ceil(n / devices) * devices),

@@ -468,6 +468,32 @@ def test_parts_and_steps_do_not_change_training(
   assert 0.1 < float(plain[1].mean()) < float(plain[0].mean()) < 0.9
 
 
+def test_memory_of_test_losses_and_pictures(monkeypatch, tmp_path):
+  """They are computed on no more images at a time than the config allows."""
+  config = tiny.get_config(
+    training__batch_size=8, training__grad_accumulation=4, eval__batch_size=16
+  )
+  sizes, layout = [], make_layout()
+  model = types.SimpleNamespace(
+    config=config, make_sample=lambda n: sizes.append(n) or (lambda *_: None)
+  )
+  run_lib.draw_snapshot(model, layout, tmp_path)
+  test_loss = lambda *args, limit: sizes.append(args[3]) or {'test_loss': 0.0}
+  monkeypatch.setattr(run_lib, 'test_loss', test_loss)
+  state = run_lib.TrainState(step=8, params={}, opt_state={}, ema={})
+  now = run_lib.Moment(
+    step=8,
+    state=state,
+    losses=np.zeros(1),
+    first=False,
+    stopping='',
+    finished=True,
+  )
+  saved = types.SimpleNamespace(last=None)
+  run_lib.watch_test_loss(model, layout, None, saved)(now)
+  assert sizes == [16, 2]
+
+
 @pytest.mark.parametrize('prng', ['rbg', 'unsafe_rbg'])
 def test_generators_of_random_numbers(monkeypatch, copied, prng):
   plain, other, again, single = (
