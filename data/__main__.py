@@ -2,16 +2,19 @@
 
 python -m data prepare celeba --data_dir DIR     (needs TensorFlow)
 python -m data sigma_max cifar10
+python -m data cache celeba --path DIR --image_size 64   (decodes it once)
 python -m data cache [--clear [NAME ...]]
 """
 
 import argparse
+import dataclasses
 import os
 import pathlib
 import shutil
 import sys
+import types
 
-from data import datasets, pixels, prepare, toy
+from data import datasets, pixels, prepare, sources, toy
 from runtime.files import cache_dir
 
 
@@ -25,16 +28,21 @@ def prepare_dataset(args):
   print(f'{args.dataset} is ready in {done}')
 
 
-def print_sigma_max(args):
-  """Print the largest distance between two training images."""
-  config = datasets.Data(
+def _section(args):
+  """Return the section `data` of a config that the arguments describe."""
+  return datasets.Data(
     dataset=args.dataset,
     path=args.path,
     image_size=args.image_size,
     num_channels=args.num_channels,
+    background=args.background,
     dims=2 if args.dataset in toy.DISTRIBUTIONS else 0,
   )
-  train = datasets.load(config, 'train')
+
+
+def print_sigma_max(args):
+  """Print the largest distance between two training images."""
+  train = datasets.load(_section(args), 'train')
   value = pixels.sigma_max(train, num_images=args.num_images)
   print(f'sigma_max = {value:.2f}, of {args.num_images or "all"} images')
 
@@ -49,13 +57,32 @@ def _num_bytes(path):
   return sum(file.lstat().st_size for file in files or [path])
 
 
+def _decode(args):
+  """Write the decoded images of both splits of a data set into the cache."""
+  config = types.SimpleNamespace(**dataclasses.asdict(_section(args)))
+  config.keep = True
+  for split in ('train', 'test'):
+    found = datasets.load(config, split)
+    folder = sources.kept_at(config, found.fingerprint)
+    if not folder.is_dir():
+      raise ValueError(
+        f'{args.dataset} is held in memory as a whole: it needs no cache'
+      )
+    print(f'{len(found)} images for {split} are in {folder}')
+
+
 def show_cache(args):
-  """Print what lies in the cache folder and its size, then remove it if asked.
+  """Decode a data set into the cache folder; else list or clear the folder.
 
   Raises:
-    ValueError: a name to remove is not there, or the folder is not only a
-      cache.
+    ValueError: a name to remove is not there, the folder is not only a cache,
+      or a data set cannot be decoded.
   """
+  if args.dataset:
+    if args.clear is not None:
+      raise ValueError(f'--clear does not go with the data set {args.dataset}')
+    _decode(args)
+    return
   folder = cache_dir()
   entries = sorted(folder.iterdir()) if folder.is_dir() else []
   sizes = [_num_bytes(entry) for entry in entries]
@@ -85,21 +112,22 @@ def _parser():
   parser = argparse.ArgumentParser(prog='python -m data')
   commands = parser.add_subparsers(required=True, metavar='COMMAND')
 
-  def command(function, name, *, of_dataset=True):
+  def command(function, name, nargs=None):
     added = commands.add_parser(name, help=function.__doc__.splitlines()[0])
     added.set_defaults(function=function)
-    if of_dataset:
-      added.add_argument('dataset', metavar='NAME', choices=datasets.DATASETS)
-      added.add_argument('--path', '--data_dir', default='', help='data.path')
-      added.add_argument('--image_size', type=int, default=32, help='in pixels')
+    add = added.add_argument
+    add('dataset', nargs=nargs, metavar='NAME', choices=datasets.DATASETS)
+    add('--path', '--data_dir', default='', help='data.path')
+    add('--image_size', type=int, default=32, help='in pixels')
+    add('--num_channels', type=int, default=3, help='1, 3 or 4')
+    add('--background', default='white', help='data.background')
     return added
 
   added = command(prepare_dataset, 'prepare')
   added.add_argument('--manual_dir', help='files that you downloaded')
   added = command(print_sigma_max, 'sigma_max')
-  added.add_argument('--num_channels', type=int, default=3, help='1, 3 or 4')
   added.add_argument('--num_images', type=int, help='size of a random subset')
-  added = command(show_cache, 'cache', of_dataset=False)
+  added = command(show_cache, 'cache', nargs='?')
   added.add_argument(
     '--clear', nargs='*', metavar='NAME', help='remove these, or everything'
   )

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from data.batches import Dataset, permutation
 from data.pixels import fit_array, fit_image, uint8_images
 from runtime.files import (
   Bounded,
+  atomic,
   cache_dir,
   digest,
   digest_all,
@@ -172,10 +174,12 @@ def decoded(
 
   All images are decoded once to find its fingerprint, which is that of the same
   images in memory. So a damaged file stops a run early. The cache folder keeps
-  the fingerprint for as long as no file changes.
+  the fingerprint for as long as no file changes. If it has the decoded images
+  of this fingerprint as well, they are read in place of the files.
 
   Args:
-    config: section `data` of the config.
+    config: section `data` of the config. If it has a true attribute `keep`,
+      which is no key, decoded images are written into the cache folder.
     decode: function (index, **fit) -> (image, label), where `fit` holds the
       arguments of `pixels.fit_image`.
     size: number of images.
@@ -192,14 +196,21 @@ def decoded(
   fit = fit_of(config)
   shape = (config.image_size, config.image_size, config.num_channels)
   read = DecodedImages(functools.partial(decode, **fit), size, shape)
-  path = cache_dir() / 'verified' / f'{_key(files, fit, choice)}.json'
-  known = _verified(path)
-  if known is None:
+  marker, keep = _marker(files, fit, choice), getattr(config, 'keep', False)
+  known = _verified(marker)
+  if known is None or (
+    keep and not kept_at(config, known['fingerprint']).exists()
+  ):
+    measure = functools.partial(_keep, config) if keep else _fingerprint
     known = {
-      'fingerprint': _fingerprint(read, size, shape),
-      'notes': survey() if survey else [],
+      'fingerprint': measure(read, size, shape),
+      'notes': known['notes'] if known else survey() if survey else [],
     }
-    write_json(path, known)
+    write_json(marker, known)
+  notes, folder = known['notes'], kept_at(config, known['fingerprint'])
+  if folder.exists():
+    read = _kept(folder, known['fingerprint'], size, shape)
+    notes = [*notes, f'Decoded images are read from {folder}.']
   return Dataset(
     name=config.dataset,
     size=size,
@@ -207,12 +218,12 @@ def decoded(
     num_classes=num_classes,
     fingerprint=known['fingerprint'],
     classes=tuple(classes),
-    notes=tuple(known['notes']),
+    notes=tuple(notes),
   )
 
 
-def _key(files, *more):
-  """Return a digest that changes when one of the files is written or replaced.
+def _marker(files, *more):
+  """Return the path of a marker, another one when one of the files changes.
 
   The resolved path and inode tell files apart whose names, sizes and times are
   equal; the time of the last change of status cannot be set by copying.
@@ -225,7 +236,8 @@ def _key(files, *more):
 
   stats = [(os.path.realpath(path), *facts(path)) for path in files]
   # Another version of PIL can decode or resize to other pixels.
-  return digest(stats, PIL.__version__, *more)
+  key = digest(stats, PIL.__version__, *more)
+  return cache_dir() / 'verified' / f'{key}.json'
 
 
 def _verified(path):
@@ -240,13 +252,14 @@ def _verified(path):
     return None
 
 
-def _fingerprint(read, size, shape):
+def _fingerprint(read, size, shape, file=None):
   """Return the digest of all images and labels, as `in_memory` does.
 
   Args:
     read: function of indices that returns images and labels.
     size: number of images.
     shape: (H, W, C).
+    file: binary file that the images are written to; None for none.
   """
   labels = []
 
@@ -259,10 +272,93 @@ def _fingerprint(read, size, shape):
       images, some = read(np.arange(start, min(start + step, size)))
       labels.append(some)
       yield images.tobytes()
+      if file:
+        file.write(images.tobytes())
       progress(start + len(images))
     yield np.concatenate(labels)
 
   return digest_all(parts())
+
+
+# --- Decoded images in the cache folder ---
+
+
+def kept_at(config, fingerprint):
+  """Return the folder that decoded images of a fingerprint are kept in."""
+  name = config.dataset.replace('/', '_')
+  return cache_dir() / f'decoded-{name}-{config.image_size}-{fingerprint}'
+
+
+def _keep(config, read, size, shape):
+  """Decode all images into the cache folder; return their fingerprint.
+
+  The folder has images.npy, uint8 [N, H, W, C], and labels.npy, int32 [N]. Its
+  name has the fingerprint, and nothing has this name before all is written.
+
+  Raises:
+    OSError: the disk has no room for it.
+  """
+  temporary = kept_at(config, f'of-{os.getpid()}')
+  needed, labels = size * (math.prod(shape) + 4), np.empty(size, np.int32)
+  cache_dir().mkdir(parents=True, exist_ok=True)
+  if (free := shutil.disk_usage(cache_dir()).free) < needed:
+    raise OSError(
+      f'{config.dataset} has {needed / 2**30:.1f} GiB when decoded, but '
+      f'{cache_dir()} has room for {free / 2**30:.1f}: set $SCORE_SDE_CACHE to '
+      'a folder on another disk.'
+    )
+
+  def noted(indices):
+    images, labels[indices] = read(indices)
+    return images, labels[indices]
+
+  with atomic(temporary) as part:
+    part.mkdir()
+    with open(part / 'images.npy', 'wb') as file:
+      header = {'descr': '|u1', 'fortran_order': False, 'shape': (size, *shape)}
+      np.lib.format.write_array_header_1_0(file, header)
+      fingerprint = _fingerprint(noted, size, shape, file)
+    np.save(part / 'labels.npy', labels)
+  folder = kept_at(config, fingerprint)
+  shutil.rmtree(folder, ignore_errors=True)
+  temporary.rename(folder)
+  marker = _marker(sorted(folder.iterdir()))
+  write_json(marker, {'fingerprint': fingerprint, 'notes': []})
+  return fingerprint
+
+
+def _kept(folder, fingerprint, size, shape):
+  """Return the `read` of a Dataset of images that `_keep` has written.
+
+  The files are mapped into memory, so that all processes of a host share the
+  pages that the operating system has read. The digest of their content is
+  computed once, and again if a file changes.
+
+  Raises:
+    ValueError: the content is not what the name of the folder says.
+  """
+  try:
+    images = np.load(folder / 'images.npy', mmap_mode='r')
+    labels = np.load(folder / 'labels.npy')
+    if images.shape != (size, *shape) or labels.shape != (size,):
+      raise ValueError(f'{images.shape} is not {(size, *shape)}')
+
+    def read(indices):
+      return np.asarray(images[indices]), labels[indices]
+
+    marker = _marker(sorted(folder.iterdir()))
+    known = _verified(marker)
+    if known is None:
+      known = {'fingerprint': _fingerprint(read, size, shape), 'notes': []}
+      write_json(marker, known)
+    if known['fingerprint'] != fingerprint:
+      raise ValueError(f'its fingerprint is {known["fingerprint"]}')
+  except (ValueError, EOFError, FileNotFoundError) as error:
+    raise ValueError(
+      f'{folder} is damaged ({error}): python -m data cache --clear '
+      f'{folder.name}'
+    ) from error
+  return read
 
 
 def decoded_files(config, paths, labels=None, **classes):

@@ -1,12 +1,14 @@
 """Tests of reading images: every way to read them, and every way to fail."""
 
 import functools
+import shutil
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from data import __main__ as command_line
 from data import datasets, sources
 from tests.data import shared
 from tests.data.shared import config
@@ -281,3 +283,118 @@ def test_labels_of_keras(tmp_path):
     found = datasets.load(config('npz', tmp_path / 'a.npz'), split)
     assert found.num_classes == 5
     assert list(values(found)[1]) == [i % 5 for i in range(count)]
+
+
+# --- Decoded images in the cache folder ---
+
+
+@pytest.fixture
+def classes(tmp_path):
+  """Return a folder of two classes of ten images, and its section `data`."""
+  for i in range(20):
+    save(tmp_path / 'set' / 'ab'[i % 2] / f'{i}.png', 10 * i)
+  return tmp_path / 'set', config('folder', tmp_path / 'set')
+
+
+def cache(root):
+  command_line.main(['cache', 'folder', '--path', str(root), '--image_size=8'])
+
+
+def kept(tmp_path):
+  return sorted((tmp_path / 'cache').glob('decoded*'))
+
+
+def everything(c):
+  """Return name, images, labels, fingerprint and classes of both splits."""
+  found = [datasets.load(c, split) for split in ('train', 'test')]
+  pairs = [split.read(np.arange(len(split))) for split in found]
+  facts = [(s.fingerprint, s.classes, s.num_classes) for s in found]
+  return [np.asarray(v).tolist() for pair in pairs for v in pair], facts
+
+
+def test_a_cached_set_is_the_same_and_is_not_decoded(
+  classes, tmp_path, monkeypatch, capsys
+):
+  root, c = classes
+  before = everything(c)
+  shutil.rmtree(tmp_path / 'cache')
+  count, decode = [], sources.decode_file
+  monkeypatch.setattr(
+    sources, 'decode_file', lambda *a, **k: count.append(a) or decode(*a, **k)
+  )
+  monkeypatch.setattr(sources, 'MEMORY_LIMIT', 0)
+  cache(root)
+  assert '18 images for train are in' in capsys.readouterr().out
+  assert len(count) == 20  # Checked and written in one pass.
+  cache(root)
+  after = everything(c)
+  assert len(count) == 20
+  assert after == before
+  assert len(kept(tmp_path)) == 2
+  train = datasets.load(c, 'train')
+  assert train.notes == (f'Decoded images are read from {folder_of(train)}.',)
+  mapped = np.load(folder_of(train) / 'images.npy', mmap_mode='r')
+  np.testing.assert_array_equal(mapped, train.fetch(np.arange(18)))
+
+
+def folder_of(train):
+  return sources.kept_at(config('folder'), train.fingerprint)
+
+
+def test_a_stale_cache_is_not_used(classes, tmp_path):
+  root, c = classes
+  cache(root)
+  for file in root.rglob('*.png'):  # All, because the split is random.
+    save(file, 255)
+  found = datasets.load(c, 'train')
+  assert set(values(found)[0]) == {255} and not found.notes
+  cache(root)
+  assert datasets.load(c, 'train').notes
+  assert len(kept(tmp_path)) == 4
+  # Another size or another background is another set.
+  smaller = config('folder', root, image_size=4)
+  assert not datasets.load(smaller, 'train').notes
+
+
+@pytest.mark.parametrize('damage', ['pixel', 'cut', 'labels', 'missing'])
+def test_a_damaged_cache_is_refused(damage, classes, tmp_path):
+  root, c = classes
+  cache(root)
+  folder = folder_of(datasets.load(c, 'train'))
+  path = folder / ('labels.npy' if damage == 'labels' else 'images.npy')
+  content = bytearray(path.read_bytes())
+  content[-1] ^= 1
+  if damage == 'missing':
+    path.unlink()
+  else:
+    path.write_bytes(content[:-9] if damage == 'cut' else content)
+  clear = f'cache --clear {folder.name}'
+  with pytest.raises(ValueError, match=f'decoded-.* is damaged .*{clear}'):
+    datasets.load(c, 'train')
+  command_line.main(clear.split())
+  assert not datasets.load(c, 'train').notes
+
+
+def test_an_interrupted_cache_leaves_nothing(classes, tmp_path, monkeypatch):
+  root, c = classes
+
+  def save_fails(*_):
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(sources.np, 'save', save_fails)
+  with pytest.raises(SystemExit, match='^error: .*No space left'):
+    cache(root)
+  assert not kept(tmp_path)
+  full = shutil._ntuple_diskusage(1, 1, 0)
+  monkeypatch.setattr(sources.shutil, 'disk_usage', lambda path: full)
+  with pytest.raises(SystemExit, match=r'^error: .*SCORE_SDE_CACHE to'):
+    cache(root)
+
+
+def test_a_set_in_memory_needs_no_cache(tmp_path):
+  with pytest.raises(SystemExit, match='^error: digits is held in memory'):
+    command_line.main(
+      ['cache', 'digits', '--image_size', '8', '--num_channels', '1']
+    )
+  with pytest.raises(SystemExit, match='^error: --clear does not go with'):
+    command_line.main(['cache', 'digits', '--clear'])
