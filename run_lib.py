@@ -35,6 +35,7 @@ from runtime.devices import (
   Layout,
   bytes_per_device,
   check_divisible,
+  check_memory,
   largest,
   make_layout,
   on_first_host,
@@ -295,9 +296,15 @@ def call_starts(start, end, n):
 
 
 def make_fetch(model, dataset):
-  """Return fetch(step) -> this host's part of batches, [n, parts, b, ...]."""
+  """Return fetch(step) -> this host's part of batches, [n, parts, b, ...].
+
+  With data.on_device the batches are {'index'} alone.
+  """
   training = model.config.training
-  parts = training.grad_accumulation
+  parts, names = training.grad_accumulation, _FIELDS
+  if model.config.data.on_device:
+    names = ('index',)
+    dataset = dataclasses.replace(dataset, read=lambda index: (index, index))
 
   def fetch(step):
     n = min(
@@ -315,10 +322,42 @@ def make_fetch(model, dataset):
       )
       for number in range(step * parts, (step + n) * parts)
     ]
-    fields = {k: np.stack([batch[k] for batch in batches]) for k in _FIELDS}
+    fields = {k: np.stack([batch[k] for batch in batches]) for k in names}
     return jax.tree.map(lambda v: v.reshape(n, parts, *v.shape[1:]), fields)
 
   return fetch
+
+
+def check_on_device(model, dataset):
+  """Raise ValueError if data that devices should hold are too large for them.
+
+  Otherwise say in one line how large they are.
+  """
+  if model.config.data.on_device:
+    size = 4 if model.config.data.dims else 1
+    size = len(dataset) * (size * math.prod(model.shape(1)) + 4)  # The label.
+    check_memory(size, 'config.data.on_device=True')
+    say(f'Every device holds the training data, {size / 2**20:.1f} MiB.')
+
+
+def make_place(model, dataset, layout):
+  """Return place(batches of `make_fetch`) -> global {'image', 'label'}.
+
+  With data.on_device every device holds the data set and takes the rows of its
+  part of a batch from it.
+  """
+  if not model.config.data.on_device:
+    return lambda batches: to_global(layout.microbatches, batches)
+  held = dict(zip(_FIELDS, dataset.read(np.arange(len(dataset))), strict=True))
+  held = to_global(layout.replicated, held)
+  take = jax.jit(
+    lambda held, index: jax.tree.map(lambda v: v[index], held),
+    in_shardings=(layout.replicated, layout.microbatches),
+    out_shardings=layout.microbatches,
+  )
+  return lambda batches: take(
+    held, to_global(layout.microbatches, np.int32(batches['index']))
+  )
 
 
 # ---------------------------------------------------------------------- hooks
@@ -596,6 +635,7 @@ def _prepare(config, workdir):
   train_set = datasets.load(config.data, 'train')
   test_set = datasets.load(config.data, 'test')
   experiment.check_labels(model, train_set)
+  check_on_device(model, train_set)
   experiment.claim(config, workdir, write=False)
   allow = training.allow_other_data
   record.check(workdir, train_set, test_set, allow_other=allow)
@@ -654,12 +694,13 @@ def train(config, workdir):
     if training.snapshot_sampling:
       hooks.append(draw_snapshot(model, layout, workdir / 'samples'))
     _describe(model, state, train_set)
+    place = make_place(model, train_set, layout)
     fetched = batching.prefetch(
       make_fetch(model, train_set),
       call_starts(start, end, training.n_jitted_steps),
     )
     for before, batches in fetched:
-      batches = to_global(layout.microbatches, batches)
+      batches = place(batches)
       state, step_losses = train_steps(state, batches)
       step = before + len(batches['image'])
       # Read once: what is said at the end must be what was done here.

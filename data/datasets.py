@@ -417,6 +417,11 @@ class Data(Options):
   centered: bool = option(
     False, 'Give images to the model in [-1, 1]; otherwise in [0, 1].'
   )
+  on_device: bool = option(
+    False,
+    'Hold all training data in the memory of every device, for small sets.',
+    marks=(),
+  )
 
   def __post_init__(self):
     super().__post_init__()

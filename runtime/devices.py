@@ -1,6 +1,7 @@
 """The mesh of all devices of all hosts, and where arrays live on it."""
 
 import math
+import os
 import typing
 from collections.abc import Callable
 
@@ -51,6 +52,27 @@ def check_divisible(batch_size, key):
     raise ValueError(
       f'{key}={batch_size} does not divide by the {devices} devices: use '
       f'{better}, say.'
+    )
+
+
+def check_memory(num_bytes, key, share=1 / 4):
+  """Raise ValueError if data would take too large a share of a device.
+
+  Args:
+    num_bytes: size of what every device is to hold.
+    key: name of the option that asks for it, for the error message.
+    share: largest share of the memory of a device. CPU devices are taken to
+      have equal parts of the memory of their host.
+  """
+  memory = (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit')
+  if memory is None:
+    host = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    memory = host // jax.local_device_count()
+  if num_bytes > share * memory:
+    raise ValueError(
+      f'{key}: the data have {num_bytes / 2**30:.2f} GiB, more than '
+      f'{share:.0%} of the {memory / 2**30:.2f} GiB of a device: set it to '
+      'False.'
     )
 
 

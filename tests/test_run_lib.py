@@ -22,6 +22,7 @@ from PIL import Image
 import experiment
 import run_lib
 from checkpoints.workdir import Checkpoints
+from data import datasets
 from runtime.devices import bytes_per_device, make_layout, replicated, to_global
 from runtime.progress import Log
 from solvers.base import Samples
@@ -44,6 +45,9 @@ import run_lib
 from tests import tiny
 run_lib.train(tiny.get_config(**{OVERRIDES}), workdir)
 if not process:
+  run_lib.train(
+    tiny.get_config(data__on_device=True, **{OVERRIDES}), workdir + '_held'
+  )
   try:
     run_lib.train(tiny.get_config(training__batch_size=12), workdir + '_12')
   except ValueError as error:
@@ -195,6 +199,7 @@ def test_eight_devices_are_as_one(finished, tmp_path):
   assert worker.returncode == 0, err
   assert '8 cpu device(s)' in out
   assert_close(tmp_path / 'run', finished)
+  assert_same(tmp_path / 'run', tmp_path / 'run_held')
   # Twelve images do not divide by eight devices: one line, and no workdir.
   line = out.splitlines()[-1]
   assert line.startswith('config.training.batch_size')
@@ -331,6 +336,57 @@ def test_several_steps_in_a_call(finished, tmp_path):
   ours, theirs = restored(tmp_path, 12), restored(finished, 12)
   for path, value in ours.items():
     np.testing.assert_array_equal(value, theirs[path], path)
+
+
+@pytest.mark.parametrize(('parts', 'together'), [(1, 1), (2, 1), (2, 4)])
+def test_batches_of_data_on_devices_are_the_same(parts, together, monkeypatch):
+  model = experiment.build(CONFIG)
+  dataset, layout = datasets.load(CONFIG.data, 'train'), make_layout()
+  found = {}
+  for on_device in (False, True):
+    config = tiny.get_config(
+      data__on_device=on_device,
+      training__grad_accumulation=parts,
+      training__n_jitted_steps=together,
+      training__n_iters=4000,
+    )
+    one = dataclasses.replace(model, config=config)
+    fetch = run_lib.make_fetch(one, dataset)
+    place = run_lib.make_place(one, dataset, layout)
+    # Step 188 begins an epoch, so that 186 to 190 are in two.
+    host = [fetch(step) for step in (0, 186, 187, 189)]
+    found[on_device] = [jax.tree.map(np.asarray, place(b)) for b in host]
+    crossed = sum(v.nbytes for v in jax.tree.leaves(host[0]))
+    assert crossed == (8 * together * (8 if on_device else 64 + 4))
+  for a, b in zip(*found.values(), strict=True):
+    assert a.keys() == b.keys() == {'image', 'label'}
+    for key, value in a.items():
+      assert value.dtype == b[key].dtype
+      np.testing.assert_array_equal(value, b[key])
+
+
+def test_data_on_devices(finished, tmp_path, capsys):
+  config = tiny.get_config(
+    training__n_iters=12,
+    training__n_jitted_steps=4,
+    training__log_freq=4,
+    data__on_device=True,
+  )
+  run_lib.train(config, tmp_path)
+  line = 'Every device holds the training data, 0.1 MiB.'
+  assert line in capsys.readouterr().out.splitlines()
+  ours, theirs = restored(tmp_path, 12), restored(finished, 12)
+  for path, value in ours.items():
+    np.testing.assert_array_equal(value, theirs[path], path)
+
+
+def test_data_too_large_for_devices(tmp_path, monkeypatch):
+  monkeypatch.setattr(os, 'sysconf', lambda name: 600)  # 600 pages of 600.
+  config = tiny.get_config(data__on_device=True)
+  message = r'on_device=True: .* 0\.00 GiB, more than 25% of the .* to False\.'
+  with pytest.raises(ValueError, match=message):
+    run_lib.train(config, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
 
 
 def test_resumed_between_multiples_of_a_call(copied):
