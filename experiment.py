@@ -39,6 +39,7 @@ from data import datasets, pixels, toy
 from models import score
 from runtime import options
 from runtime.devices import all_hosts
+from runtime.files import check_local
 from runtime.progress import say
 from solvers import ode
 from solvers.base import Sampler, Samples
@@ -820,6 +821,7 @@ def load(path, which='last', ema_length=None):
   Raises:
     FileNotFoundError, ValueError: there is none, or it is damaged.
   """
+  check_local(path)
   if pathlib.Path(path).is_dir():
     model = build(run_config(path))
     restore = functools.partial(restore_average, length=ema_length)

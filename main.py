@@ -20,7 +20,7 @@ import experiment
 import run_lib
 from commands import control, encode, evaluate, exchange, sample, stats
 from configs import schema
-from runtime.files import cache_dir, make_cache_dir
+from runtime.files import cache_dir, check_local, make_cache_dir
 
 FLAGS = flags.FLAGS
 MODES = {
@@ -40,6 +40,7 @@ class _PathParser(flags.ArgumentParser):
   """Parses a path; ~ is the home folder, which no shell sees in --flag=~/x."""
 
   def parse(self, argument):
+    check_local(argument)
     return os.path.expanduser(argument)
 
 
@@ -57,7 +58,11 @@ _define_path('eval_folder', 'Folder of results in workdir.', 'eval')
 _define_path('samples', 'Evaluate this .npz or folder of images.')
 _define_path('checkpoint', 'Released checkpoint to import.')
 _define_path('output', 'FILE.safetensors, or folder for diffusers.')
-flags.DEFINE_string('coordinator', '', 'HOST:PORT of process 0, if several.')
+flags.DEFINE_string(
+  'coordinator',
+  '',
+  "HOST:PORT of process 0, if several; 'auto' on a TPU slice or SLURM.",
+)
 flags.DEFINE_integer('num_processes', 1, 'Number of processes.')
 flags.DEFINE_integer('process_id', 0, 'Number of this process, from 0.')
 flags.DEFINE_bool('help_config', False, 'Print all keys of configs.')
@@ -130,12 +135,28 @@ def configure_jax():
     jax.config.update('jax_compilation_cache_dir', str(cache_dir() / 'jax'))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
-  if FLAGS.coordinator:
+  join_hosts()
+
+
+def join_hosts():
+  """Let the hosts that the flags speak of find each other.
+
+  Raises:
+    ValueError: JAX does not find out which hosts belong together.
+  """
+  several_tasks = int(os.environ.get('SLURM_STEP_NUM_TASKS', '1')) > 1
+  if FLAGS.coordinator == 'auto' or (several_tasks and not FLAGS.coordinator):
+    try:
+      jax.distributed.initialize()  # SLURM or the TPU tell all that is needed.
+    except (ValueError, RuntimeError) as error:
+      raise ValueError(
+        f'--coordinator=auto: {error} Where JAX knows neither SLURM nor a TPU '
+        'slice, use --coordinator HOST:PORT, --num_processes and --process_id.'
+      ) from error
+  elif FLAGS.coordinator:
     jax.distributed.initialize(
       FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id
     )
-  elif int(os.environ.get('SLURM_STEP_NUM_TASKS', '1')) > 1:
-    jax.distributed.initialize()  # srun tells all that is needed.
 
 
 def _check_processes():
@@ -150,6 +171,10 @@ def _check_processes():
     raise flags.Error(
       f'--num_processes={count} needs --coordinator HOST:PORT, or each process '
       'works alone.'
+    )
+  if count > 1 and FLAGS.coordinator == 'auto':
+    raise flags.Error(
+      f'--num_processes={count} is found by --coordinator=auto: leave it out.'
     )
 
 

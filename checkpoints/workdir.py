@@ -28,7 +28,7 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from runtime.devices import all_hosts, barrier, largest
-from runtime.files import write_json
+from runtime.files import check_local, write_json
 from runtime.progress import say
 
 # Orbax logs a warning for every checkpoint that is opened for reading, and
@@ -63,6 +63,7 @@ def read_config(workdir) -> dict[str, Any]:
     FileNotFoundError: no run was started in this folder.
     ValueError: the file is damaged.
   """
+  check_local(workdir)
   path = pathlib.Path(workdir) / 'config.json'
   if not path.is_file():
     raise FileNotFoundError(
@@ -100,6 +101,7 @@ def claim(
   Raises:
     ValueError: the stored config has another value for a key of `fixed`.
   """
+  check_local(workdir)
   path = pathlib.Path(workdir) / 'config.json'
   if path.is_file():
     old, new = _leaves(upgrade(read_config(workdir))), _leaves(config_dict)
@@ -177,6 +179,7 @@ class Checkpoints:
       FileNotFoundError: they are opened for reading, and there are none.
       ValueError: a file is damaged, and `fall_back` is False.
     """
+    check_local(workdir)
     self._workdir = pathlib.Path(workdir).absolute()
     self._folder = epath.Path(workdir).absolute() / 'checkpoints'
     self._keep_every, self._fall_back = keep_every, fall_back

@@ -15,7 +15,7 @@ import sys
 import types
 
 from data import datasets, pixels, prepare, sources, toy
-from runtime.files import cache_dir
+from runtime.files import cache_dir, check_local
 
 
 def prepare_dataset(args):
@@ -138,6 +138,8 @@ def main(argv=None):
   """Run a command; exit with one line if it cannot be done."""
   args = _parser().parse_args(argv)
   try:
+    for path in (args.path, getattr(args, 'manual_dir', None) or ''):
+      check_local(path)
     args.function(args)
   except (AssertionError, ImportError, OSError, ValueError) as error:
     sys.exit(f'error: {error}')

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import secrets
 import shutil
 import zipfile
@@ -209,8 +210,34 @@ def _read_array(stream, size):
   return np.lib.format.read_array(stream, allow_pickle=False)
 
 
+def not_local(path: str | os.PathLike) -> str:
+  """Return what is wrong with a path that is an address, else ''.
+
+  The text continues 'PATH '. No file is read from or written to an object
+  store: orbax could, but all other files are written through the file system.
+
+  Example:
+    >>> not_local('gs://bucket/run')[:13], not_local('/mnt/bucket/run')
+    ('is an address', '')
+  """
+  # A pathlib.Path has one slash. Drives of Windows have one letter.
+  if not re.match(r'[a-zA-Z][\w.+-]+:/', os.fspath(path)):
+    return ''
+  return (
+    'is an address, not a path: mount the bucket (gcsfuse, s3fs) or use NFS, '
+    'and give the path there.'
+  )
+
+
+def check_local(path: str | os.PathLike) -> None:
+  """Raise ValueError for a path that is the address of an object store."""
+  if wrong := not_local(path):
+    raise ValueError(f'{path} {wrong}')
+
+
 def cache_dir() -> pathlib.Path:
   """Return the cache folder: $SCORE_SDE_CACHE, else ~/.cache/score_sde."""
+  check_local(os.environ.get('SCORE_SDE_CACHE', ''))
   default = pathlib.Path.home() / '.cache' / 'score_sde'
   chosen = pathlib.Path(os.environ.get('SCORE_SDE_CACHE') or default)
   return chosen.expanduser()

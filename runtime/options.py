@@ -23,6 +23,8 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from runtime.files import not_local
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Option:
@@ -158,6 +160,8 @@ def problem(declared_as: Option, value) -> str:
     return f'is unknown: {suggestion(value, choices)}'
   if not _fits(value, o.type):
     return f'is not of type {type_name(o.type)}; {default}'
+  if isinstance(value, str) and (wrong := not_local(value)):
+    return wrong
   for v in value if isinstance(value, (tuple, list)) else [value]:
     if isinstance(v, numbers.Real) and not isinstance(v, bool):
       if math.isnan(v):

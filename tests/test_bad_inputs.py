@@ -78,6 +78,24 @@ COMMAND_LINE = f"""
 {TRAIN} --num_processes=0 => --num_processes
 {TRAIN} --process_id=1 => --process_id=1
 {TRAIN} --process_id=-1 => --process_id
+{TRAIN} --coordinator=auto --num_processes=2 => --num_processes=2|leave it out
+{TRAIN} --coordinator=auto => --coordinator=auto|--process_id
+"""
+# Object stores are refused wherever a path is taken.
+ADDRESSES = f"""
+--config=gs://b/c.py --mode=train --workdir=new => gs://b/c.py
+--config={TINY} --mode=train --workdir=gs://b/run => --workdir=gs://b/run
+--workdir=gs://b/run --mode=sample => --workdir=gs://b/run
+{RUN}eval --samples=s3://b/a.npz => --samples=s3://b/a.npz
+{RUN}eval --eval_folder=gs://b/eval => --eval_folder=gs://b/eval
+{RUN}export --output=gs://b/out => --output=gs://b/out
+{IMPORT}https://h/checkpoint_1 => --checkpoint=https://h/checkpoint_1
+{NPZ}gs://b/a.npz => config.data.path='gs://b/a.npz'
+{STATS}eval.stats_path=gs://b/s => config.eval.stats_path='gs://b/s'
+{STATS}eval.inception_path=gs://b/w => config.eval.inception_path='gs://b/w'
+{CONTROL}inpaint --config.control.images=gs://b/x => control.images='gs://b/x'
+{CONTROL}inpaint --config.control.mask=gs://b/m => control.mask='gs://b/m'
+{CONTROL}classifier --config.control.classifier_workdir=gs://b/r => gs://b/r
 """
 VALUES = f"""
 {TRAIN} --config.seed=-1 => config.seed=-1
@@ -285,6 +303,7 @@ def cases(table):
 
 TABLES = {
   'command_line': COMMAND_LINE,
+  'addresses': ADDRESSES,
   'values': VALUES,
   'data': DATA,
   'checkpoints': CHECKPOINTS,
@@ -450,6 +469,11 @@ def check(world, error_of, given, texts):
 @pytest.mark.parametrize(('given', 'texts'), cases(COMMAND_LINE))
 def test_command_line(world, error_of, given, texts):
   check(world, error_of, given, texts)
+
+
+@pytest.mark.parametrize(('given', 'texts'), cases(ADDRESSES))
+def test_addresses(world, error_of, given, texts):
+  check(world, error_of, given, f'{texts}|is an address|mount the bucket|NFS')
 
 
 @pytest.mark.parametrize(('given', 'texts'), cases(VALUES))

@@ -66,6 +66,20 @@ def test_only_a_cache_is_emptied(tmp_path, monkeypatch):
   assert (tmp_path / 'cache' / 'a.npz').is_file()
 
 
+@pytest.mark.parametrize(
+  'arguments',
+  ['sigma_max folder --path', 'prepare celeba --data_dir', 'cache ffhq --path']
+  + ['prepare celeba_hq --manual_dir'],
+)
+def test_addresses_are_refused(arguments, tmp_path, monkeypatch):
+  line = '^error: gs://b/d is an address, .*: mount the bucket'
+  with pytest.raises(SystemExit, match=line):
+    command_line.main([*arguments.split(), 'gs://b/d'])
+  monkeypatch.setenv('SCORE_SDE_CACHE', 'gs://b/d')
+  with pytest.raises(SystemExit, match=line):
+    command_line.main(['cache'])
+
+
 def test_the_section_is_checked():
   with pytest.raises(SystemExit, match=r'^error: .*image_size=0 is not in \[1'):
     command_line.main(['sigma_max', 'digits', '--image_size', '0'])

@@ -4,6 +4,7 @@ import doctest
 import io
 import json
 import os
+import pathlib
 import zipfile
 
 import numpy as np
@@ -159,3 +160,11 @@ def test_a_bounded_stream_asks_for_what_there_is(tmp_path):
   stream.seek(1)
   assert stream.read() == b'bcdef' and stream.read(3) == b''
   assert max(asked) <= 6
+
+
+def test_addresses_are_no_paths():
+  for path in ('/a', 'a/b', '', '~/a', 'C:/a', 'a:b', './gs:/b', 'module:f'):
+    files.check_local(path)
+  for path in ('gs://b/a', 's3://b', 'file:///a', pathlib.Path('gs://b/a')):
+    with pytest.raises(ValueError, match='is an address, not a path: mount'):
+      files.check_local(path)
