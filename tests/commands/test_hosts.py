@@ -22,14 +22,19 @@ from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Arguments: images, workdir, and the number of this host and a port if there
-# are two hosts; one host has two devices, and finishes another evaluation.
+# are two hosts, which find each other by the flags of launch/kubernetes.yaml.
+# One host has two devices, and finishes another evaluation.
 WORKER = """
 import sys
 import jax
 images, workdir, *host = sys.argv[1:]
 jax.config.update('jax_num_cpu_devices', 1 if host else 2)
 if host:
-  jax.distributed.initialize('127.0.0.1:' + host[1], 2, int(host[0]))
+  import main
+  from tests import test_launch
+  *_, command = test_launch.pod(hosts=2, host=host[0])
+  main.parse([*command[1:], '--coordinator=127.0.0.1:' + host[1]])
+  main.join_hosts()
 from commands import evaluate
 from tests.commands import test_hosts
 test_hosts.work(workdir, images)
