@@ -117,6 +117,7 @@ def test_defaults_of_the_section():
     'random_flip': True,
     'uniform_dequantization': False,
     'centered': False,
+    'on_device': False,
   }
 
 
