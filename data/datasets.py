@@ -159,6 +159,15 @@ def _folders(files, depth):
   }
 
 
+def _inner_folders(files, depth):
+  """Return {name of a folder at a depth: names of the folders in it}."""
+  inner = collections.defaultdict(set)
+  for file in files:
+    if len(file.parts) > depth + 1:
+      inner[file.parts[depth]] |= _folders([file], depth + 1)
+  return inner
+
+
 def _listed(names):
   """Return names as text, at most twelve of them."""
   names = sorted(names)
@@ -178,7 +187,15 @@ def _check_no_splits(root, files, depth, found):
   if len(hints) > 1:
     raise ValueError(
       f'{root} has the folders {found}, whose names look like splits: name '
-      'the splits train and test, and folders of classes otherwise'
+      'the splits train and test, and rename folders of classes'
+    )
+  inner = _inner_folders(files, depth)
+  (same, *others) = inner.values() or [set()]
+  if others and len(same) > 1 and all(other == same for other in others):
+    raise ValueError(
+      f'{root} has the folders {found} with the same folders {_listed(same)} '
+      'in each, so it is not clear which of them are classes: name splits '
+      'train and test, or put the images of each class into one folder'
     )
 
 
@@ -212,10 +229,12 @@ def find_layout(root, files):
     _check_no_splits(root, files, depth, _listed(tops))
     return Layout(depth)
   if len(train) != 1 or len(held_out) != 1:
+    splits = [name for some in (*named.values(),) for name in some]
+    taken = _listed(set(splits) - set(named[None]))
     raise ValueError(
       f'{root} has {_listed(tops)}, which are not one split for training and '
-      'one for tests: name the splits train and test, and folders of classes '
-      'otherwise'
+      f'one for tests (named like splits: {taken}): name the splits train and '
+      'test, and rename folders of classes, to class_dev, say'
     )
   members = {name: [] for name in tops}
   for file in files:
@@ -228,14 +247,19 @@ def find_layout(root, files):
 
 
 def class_order(names):
-  """Return names of classes in order: by number if all are whole numbers.
+  """Return names of classes in order: by number if they differ in it alone.
 
   Example:
-    >>> class_order({'10', '9', '1'}), class_order({'b', 'a10', 'a9'})
-    (['1', '9', '10'], ['a10', 'a9', 'b'])
+    >>> class_order({'10', '9', '1'}), class_order({'class_10', 'class_9'})
+    (['1', '9', '10'], ['class_9', 'class_10'])
+    >>> class_order({'b', 'a10', 'a9'})
+    ['a10', 'a9', 'b']
   """
-  if all(name.isdecimal() for name in names):
-    return sorted(names, key=lambda name: (int(name), name))
+  found = {name: re.fullmatch(r'(\D*)(\d+)(\D*)', name) for name in names}
+  if all(found.values()):
+    around = {(match[1], match[3]) for match in found.values()}
+    if len(around) == 1:
+      return sorted(names, key=lambda name: (int(found[name][2]), name))
   return sorted(names)
 
 
@@ -264,9 +288,10 @@ def folder(config, split, *, labelled=True, last_seventh=False):
     raise ValueError(f'{config.dataset}: data.path {root} is no folder')
   files, others = sources.files_below(root)
   if len(files) < 2:
+    notes = ''.join(f'. {note}' for note in sources.left_out(others))
     raise FileNotFoundError(
       f'{config.dataset}: {len(files)} images (png, jpg, webp, bmp) in or '
-      f'below {root}; 2 or more are needed'
+      f'below {root}; 2 or more are needed{notes}'
     )
   layout = find_layout(root, files)
   notes = (*layout.notes, *sources.left_out(others))
@@ -390,7 +415,7 @@ class Data(Options):
     marks=(),
   )
   image_size: int = option(
-    32, 'Height and width of the images, in pixels.', '[1, inf)'
+    32, 'Height and width of the images, in pixels.', '[1, 10000]'
   )
   num_channels: int = option(
     3,

@@ -14,6 +14,7 @@ import math
 import os
 import pathlib
 import shutil
+import stat
 
 import numpy as np
 
@@ -34,6 +35,7 @@ IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
 # Those of the suffixes, and no others: PIL runs a program to read PostScript.
 _FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP')
 ARRAY_SUFFIXES = ('.npz', '.npy')
+MOST_CLASSES = 10_000_000  # The limit of config.model.num_labels.
 # Decoded images stay in memory up to this number of bytes.
 MEMORY_LIMIT = 2**31
 
@@ -232,6 +234,8 @@ def _marker(files, *more):
 
   def facts(path):
     s = os.stat(path)
+    if not stat.S_ISREG(s.st_mode):  # To read a pipe can take forever.
+      raise ValueError(f'{path} is no regular file: remove it')
     return s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
 
   stats = [(os.path.realpath(path), *facts(path)) for path in files]
@@ -403,7 +407,7 @@ def decoded_files(config, paths, labels=None, **classes):
 @contextlib.contextmanager
 def _opened(path):
   """Yield a PIL image of a file, not yet decoded; name the file in errors."""
-  from PIL import Image
+  from PIL import Image, UnidentifiedImageError
 
   try:
     with (
@@ -411,10 +415,17 @@ def _opened(path):
       Image.open(Bounded(file), formats=_FORMATS) as image,
     ):
       yield image
+  except FileNotFoundError:  # Such as a link to nothing.
+    raise FileNotFoundError(f'{path} does not exist: remove the link') from None
+  except MemoryError:
+    raise
   # PIL can raise almost any exception for a damaged file.
   except Exception as error:
+    reason = ' '.join(str(error).split())
+    if isinstance(error, UnidentifiedImageError):
+      reason = f'it is not in one of the formats {", ".join(_FORMATS)}'
     raise ValueError(
-      f'{path} cannot be read as an image ({error}): repair or remove it'
+      f'{path} cannot be read as an image ({reason}): repair or remove it'
     ) from error
 
 
@@ -469,11 +480,13 @@ def _whole_labels(array, where, size=None):
     ValueError: they are no whole numbers from 0, or not `size` of them.
   """
   labels = array[:, 0] if array.shape[1:] == (1,) else array
-  whole = labels.dtype.kind in 'iu' and labels.min(initial=0) >= 0
+  whole = labels.dtype.kind in 'iu' and (
+    labels.min(initial=0) >= 0 and labels.max(initial=0) < MOST_CLASSES
+  )
   if labels.ndim != 1 or size not in (None, len(labels)) or not whole:
     raise ValueError(
       f'{where} is {array.dtype} {array.shape}, not {size or "N"} whole '
-      'numbers from 0'
+      f'numbers from 0 to {MOST_CLASSES - 1}'
     )
   return labels
 

@@ -129,7 +129,7 @@ def test_defaults_of_the_section():
       "dataset='cifar' is unknown: did you mean 'cifar10'",
     ),
     ({'path': None}, 'path=None is not of type str'),
-    ({'image_size': 0}, r'image_size=0 is not in \[1, inf\)'),
+    ({'image_size': 0}, r'image_size=0 is not in \[1, 10000\]'),
     ({'image_size': 32.0}, 'image_size=32.0 is not of type int'),
     ({'num_channels': 2}, 'num_channels=2 is unknown: use one of 1, 3, 4'),
     (

@@ -87,6 +87,7 @@ def test_a_folder_alone_keeps_its_classes(name, tmp_path):
     (('dev/a', 'prod/a'), 'has dev, prod, which'),
     (('cat/train', 'cat/test', 'dog/train', 'dog/test'), r'inside .*cat, dog'),
     (('trainA', 'trainB', 'testA', 'testB'), 'folders testA, testB, trainA'),
+    (('tr/a', 'tr/b', 'te/a', 'te/b'), 'te, tr with the same folders a, b'),
     (('cats_train', 'cats_test'), 'folders cats_test, cats_train, whose names'),
   ],
 )
@@ -107,6 +108,12 @@ def test_classes_whose_names_are_like_splits(tmp_path):
   split = tmp_path / 'split'
   fill(split, 'train/train', 'train/car', 'test/train', 'test/car')
   assert load(split)[0].classes == ('car', 'train')
+
+
+def test_folders_that_end_in_numbers_keep_their_order(tmp_path):
+  fill(tmp_path, 'class_10', 'class_9', 'class_1')
+  train, _ = load(tmp_path)
+  assert train.classes == ('class_1', 'class_9', 'class_10')
 
 
 def test_numbered_folders_keep_their_order(tmp_path):
