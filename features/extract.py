@@ -7,6 +7,7 @@ names of files contain.
 
 import importlib
 import pathlib
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from features import inception, weights
+from runtime.devices import largest
 from runtime.files import digest
 
 # What metrics need of an extractor: a function of uint8 [N, H, W, C] that
@@ -120,11 +122,26 @@ class FeatureExtractor:
     return jax.tree.map(lambda *x: np.concatenate(x), *batches)
 
 
+def _shown(function):
+  """Return what a function makes of fixed images, to four digits."""
+  rng, found = np.random.default_rng(0), []
+  for channels in (1, 3, 4):
+    images = rng.integers(0, 256, (2, 32, 32, channels), np.uint8)
+    try:
+      outputs = jax.tree.map(np.asarray, function(images))
+      values = [np.float64(v).ravel() for v in jax.tree.leaves(outputs)]
+      found += [[f'{v:.4g}' for v in some] for some in values]
+    except Exception as error:  # It may take images of another shape only.
+      found.append(type(error).__name__)
+  return found
+
+
 def find_extractor(name: str) -> Extract:
   """Return a function of the user as an extractor.
 
-  Its `variant` contains a digest of the module's file, so that features and
-  statistics of an earlier version of the file are not used.
+  Its `variant` contains a digest of the module's file and of what the function
+  makes of a few images. So features and statistics of earlier code, or of other
+  weights that it reads, are not used.
 
   Args:
     name: 'module:function', such as 'my_features:colours'.
@@ -137,15 +154,27 @@ def find_extractor(name: str) -> Extract:
     module = importlib.import_module(module_name)
     function = getattr(module, function_name)
     source = pathlib.Path(module.__file__).read_bytes()
-  except (ImportError, AttributeError, TypeError, ValueError) as error:
+    if not callable(function):
+      raise TypeError(f'{function_name} is no function')
+  except Exception as error:  # It is a program of the user.
     raise ValueError(
       f'config.eval.extractor={name!r} is no module:function that can be '
-      f'imported: {error}'
-    ) from None
-  version = digest(source)[:8]
+      f'imported: {error or type(error).__name__}'
+    ) from error
+  shown = largest(int(digest(*_shown(function))[:7], 16))  # On all hosts.
+  version = digest(source, shown)[:8]
 
   def extract(images):
-    return function(images)
+    try:
+      return function(images)
+    except MemoryError:
+      raise
+    except Exception as error:  # It is a program of the user.
+      line = traceback.extract_tb(error.__traceback__)[-1]
+      raise ValueError(
+        f'config.eval.extractor={name!r} raised {type(error).__name__}: '
+        f'{error} ({line.filename}, line {line.lineno})'
+      ) from error
 
   extract.variant = f'{name.replace(":", ".")}-{version}'
   extract.logits_hint = (
@@ -197,9 +226,14 @@ def outputs_of(images: np.ndarray, extract: Extract) -> dict[str, np.ndarray]:
   outputs = extract(images)
   if not isinstance(outputs, dict):
     outputs = {'pool_3': outputs}
-  outputs = {k: np.asarray(v) for k, v in outputs.items() if v is not None}
+  try:
+    outputs = {k: np.asarray(v) for k, v in outputs.items() if v is not None}
+  except ValueError as error:  # Rows of different lengths.
+    raise ValueError(
+      f'The extractor {variant_of(extract)} returned no array: {error}'
+    ) from None
   for name, value in outputs.items():
-    if value.ndim != 2 or len(value) != len(images):
+    if value.ndim != 2 or len(value) != len(images) or not value.size:
       raise ValueError(
         f'The extractor returned {name} of shape {value.shape} from '
         f'{len(images)} images; it should be [{len(images)}, D].'
@@ -211,7 +245,8 @@ def outputs_of(images: np.ndarray, extract: Extract) -> dict[str, np.ndarray]:
       )
   if 'pool_3' not in outputs:
     raise ValueError(
-      f'The extractor {variant_of(extract)} returned {", ".join(outputs)}; it '
+      f'The extractor {variant_of(extract)} returned '
+      f'{", ".join(outputs) or None}; it '
       "should return [N, D], or a dict with that as 'pool_3'."
     )
   return outputs

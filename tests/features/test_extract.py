@@ -160,3 +160,47 @@ def test_how_to_get_logits(tmp_path, monkeypatch, extract):
   hint = extract_lib.find_extractor('their_net:net').logits_hint
   assert 'their_net:net' in hint and 'pytorch' not in hint
   assert 'config.eval.inception_path' in extract.logits_hint
+
+
+def test_other_weights_of_a_users_extractor_are_another_extractor(
+  tmp_path, monkeypatch
+):
+  """The file of the module is the same, but not what it reads."""
+  monkeypatch.syspath_prepend(tmp_path)
+  np.save(tmp_path / 'weights.npy', np.ones(3))
+  (tmp_path / 'with_weights.py').write_text(
+    'import pathlib, numpy as np\n'
+    'FILE = pathlib.Path(__file__).with_name("weights.npy")\n'
+    'def f(images):\n  return images.mean((1, 2)) @ np.load(FILE)[:, None]\n'
+  )
+  identity = lambda: extract_lib.identity_of(
+    extract_lib.find_extractor('with_weights:f')
+  )
+  before = identity()
+  assert identity() == before
+  np.save(tmp_path / 'weights.npy', 2 * np.ones(3))
+  assert identity() != before
+
+
+@pytest.mark.parametrize(
+  ('code', 'message'),
+  [
+    ('raise RuntimeError("no GPU")', 'no module:function.*no GPU'),
+    ('f = 3', 'no function'),
+    ('def f(x):\n  return {}["a"]', "'failing:f' raised KeyError.*line 2"),
+    ('def f(x):\n  return [[1], [2, 3]]', 'returned no array'),
+    ('def f(x):\n  return None', 'returned None'),
+    ('import numpy as np\ndef f(x):\n  return np.ones((len(x), 0))', 'shape'),
+  ],
+)
+def test_errors_of_a_users_extractor_name_it(
+  code, message, tmp_path, monkeypatch, images
+):
+  (tmp_path / 'failing.py').write_text(code)
+  monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.delitem(sys.modules, 'failing', raising=False)
+  monkeypatch.setattr(sys, 'dont_write_bytecode', True)
+  importlib.invalidate_caches()
+  with pytest.raises(ValueError, match=message):
+    found = extract_lib.find_extractor('failing:f')
+    extract_lib.outputs_of(images, found)
