@@ -743,7 +743,12 @@ def claim(config, folder, *, write=True):
 
 def run_config(folder) -> ml_collections.ConfigDict:
   """Return the config that a run was trained with, from its workdir."""
-  return schema.from_dict(workdir.read_config(folder))
+  values = workdir.read_config(folder)
+  try:
+    return schema.from_dict(values)
+  except ValueError as error:
+    path = pathlib.Path(folder) / 'config.json'
+    raise ValueError(f'{path} is no config: {error}') from None
 
 
 def averages_until(saved, step, without=()):

@@ -197,6 +197,14 @@ def parse(argv):
   return argv[:1]
 
 
+def _text(error):
+  """Return the one line of an error."""
+  if isinstance(error, OSError) and error.filename and error.strerror:
+    return f'{error.filename}: {error.strerror}.'
+  text = error.args[0] if isinstance(error, KeyError) else error
+  return ' '.join(str(text).split())
+
+
 def main(argv):
   del argv
   if FLAGS.help_config:
@@ -209,8 +217,15 @@ def main(argv):
   except KeyboardInterrupt:
     sys.exit('error: Stopped by SIGINT; what was written stays.')
   except (ValueError, KeyError, OSError, FloatingPointError) as error:
-    text = error.args[0] if isinstance(error, KeyError) else error
-    sys.exit(f'error: {text}')
+    sys.exit(f'error: {_text(error)}')
+  except (MemoryError, jax.errors.JaxRuntimeError) as error:
+    if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error):
+      sys.exit(
+        'error: Out of memory: use a smaller config.training.batch_size or '
+        'config.eval.batch_size, more config.training.grad_accumulation, or '
+        'config.model.remat=True.'
+      )
+    raise
 
 
 define_overrides()

@@ -397,9 +397,12 @@ def _check_finite(values, first_step, last_good):
   """Raise FloatingPointError that names the step of the first bad loss."""
   if not np.isfinite(values).all():
     bad = first_step + int(np.argmin(np.isfinite(values)))
+    kept = 'There is no checkpoint yet'
+    if last_good is not None:
+      kept = f'The last good checkpoint is {last_good}'
     raise FloatingPointError(
-      f'The loss at step {bad} is not finite. The last good checkpoint is '
-      f'{last_good}; a lower config.optim.lr may help.'
+      f'The loss at step {bad} is not finite. {kept}; a lower config.optim.lr '
+      'may help.'
     )
 
 

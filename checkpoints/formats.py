@@ -145,7 +145,11 @@ def export(path, config_json, ema_params, step=0):
   }
   metadata = {'config': config_json, 'step': str(int(step))}
   with atomic(path) as part:
-    safetensors.numpy.save_file(tensors, part, metadata)
+    try:
+      safetensors.numpy.save_file(tensors, part, metadata)
+    except safetensors.SafetensorError as error:  # Such as a full disk.
+      reason = str(error).rpartition('error: ')[2]
+      raise OSError(f'{path} cannot be written: {reason}') from None
 
 
 def exported_config(path) -> dict[str, typing.Any]:

@@ -8,14 +8,12 @@ unless a line says otherwise.
 
 import functools
 
-import ml_collections
-
 from configs import schema
 
 
 def base():
   """Return a config of all keys with their defaults, without a network."""
-  return ml_collections.ConfigDict(schema.defaults())
+  return schema.config_dict(schema.defaults())
 
 
 # ---------------------------------------------------------------- processes

@@ -14,7 +14,6 @@ Marks say what depends on a key:
 - cost: it sets the number of score evaluations.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import types
@@ -343,6 +342,8 @@ def leaves(config, prefix='') -> Iterator[tuple[str, Any]]:
 def unknown(path: str, known=KEYS) -> str:
   """Return one line for a key that does not exist, with the likeliest meant."""
   name = path.rpartition('.')[2]
+  if path in SECTIONS:
+    return f'config.{path} is a section, not a key: see --help_config.'
   # The same name in another section comes first, then the closest spelling.
   close = [key for key in known if key.rpartition('.')[2] == name]
   close = close or difflib.get_close_matches(path, list(known), n=1)
@@ -377,7 +378,8 @@ def check(config) -> None:
   for path, value in values.items():
     if path not in KEYS:
       raise ValueError(unknown(path))
-    if wrong := options.problem(KEYS[path].option, value):
+    o = KEYS[path].option
+    if wrong := options.problem(o, value) or options.float32_problem(o, value):
       raise ValueError(f'config.{path}={value!r} {wrong}')
   for section, declared in SECTIONS.items():
     for o in (o for owner in declared.owners for o in options.declared(owner)):
@@ -475,6 +477,20 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
   return nested
 
 
+def config_dict(values: dict[str, Any]) -> ml_collections.ConfigDict:
+  """Return nested dicts as a ConfigDict whose keys take all declared types."""
+  config = ml_collections.ConfigDict(values)
+  for path, key in KEYS.items():
+    section, _, name = path.rpartition('.')
+    target = config[section] if section else config
+    if isinstance(key.option.type, types.UnionType) and name in target:
+      # ConfigDict would refuse text where the default is a number.
+      value = target[name]
+      del target[name]
+      target[name] = ml_collections.FieldReference(value, object)
+  return config
+
+
 def from_dict(values: dict[str, Any]) -> ml_collections.ConfigDict:
   """Return the locked ConfigDict of nested dicts, missing keys by default.
 
@@ -489,7 +505,7 @@ def from_dict(values: dict[str, Any]) -> ml_collections.ConfigDict:
     if path not in KEYS:
       raise ValueError(unknown(path))
     (config[section] if section else config)[name] = value
-  return ml_collections.ConfigDict(config).lock()
+  return config_dict(config).lock()
 
 
 def override(config, path: str, value) -> None:
@@ -497,11 +513,7 @@ def override(config, path: str, value) -> None:
   section, _, name = path.rpartition('.')
   target = config[section] if section else config
   declared = KEYS[path].option
-  with contextlib.ExitStack() as stack:
-    stack.enter_context(config.unlocked())
-    if isinstance(declared.type, types.UnionType):
-      # ConfigDict would refuse text where the default is a number.
-      stack.enter_context(config.ignore_type())
+  with config.unlocked():
     target[name] = declared.renamed.get(value, value)
 
 

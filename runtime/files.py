@@ -42,7 +42,12 @@ def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     ['a.txt']
   """
   path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+  except (FileExistsError, NotADirectoryError):
+    raise NotADirectoryError(
+      f'{path} cannot be written: {_file_above(path)} is a file.'
+    ) from None
   # The random part of the name keeps several processes apart.
   part = path.with_name(f'{path.name}.{secrets.token_hex(4)}.part')
   try:
@@ -68,6 +73,11 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
       raise
     reason = os.strerror(error.errno)
     raise OSError(f'{path} cannot be written: {reason}.') from error
+
+
+def _file_above(path):
+  """Return what is above a path and is no folder."""
+  return next(p for p in path.parents if p.exists() and not p.is_dir())
 
 
 def _flush(path):
@@ -175,6 +185,8 @@ def load_arrays(
     ValueError: the file is damaged, or holds other objects than plain arrays.
   """
   try:
+    if pathlib.Path(path).is_fifo():  # To read a pipe can take forever.
+      raise ValueError('it is a pipe')
     with open(path, 'rb') as stream:
       file, size = Bounded(stream), os.fstat(stream.fileno()).st_size
       if not zipfile.is_zipfile(file):

@@ -23,6 +23,8 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from runtime.files import not_local
 
 
@@ -168,6 +170,29 @@ def problem(declared_as: Option, value) -> str:
         return f'is not a number; {default}'
       if o.within and not inside(o.within, v):
         return f'is not in {o.within}; {default}'
+  return ''
+
+
+def float32_problem(declared_as: Option, value) -> str:
+  """Return what is wrong with a float on devices, which round it, or ''.
+
+  Example:
+    >>> rate = Option(
+    ...   name='rate', type=float, default=0.5, meaning='', within='[0, 1)'
+    ... )
+    >>> float32_problem(rate, 0.999999999)
+    'is 1.0 in float32, not in [0, 1); the default is 0.5.'
+  """
+  o, default = declared_as, f'the default is {declared_as.default!r}.'
+  if o.type is not float:
+    return ''
+  with np.errstate(over='ignore', under='ignore'):
+    rounded = np.float32(value)
+  tiny = value and abs(rounded) < np.finfo(np.float32).smallest_normal
+  if tiny or np.isinf(rounded) != math.isinf(value):
+    return f'is too large or too small for float32; {default}'
+  if o.within and not inside(o.within, float(rounded)):
+    return f'is {rounded} in float32, not in {o.within}; {default}'
   return ''
 
 

@@ -74,6 +74,8 @@ COMMAND_LINE = f"""
 {TRAIN} --config.model.ch_mult=abc => config.model.ch_mult
 {TRAIN} --config.model.ch_mult=1.5 => config.model.ch_mult
 {TRAIN} --config.model.ch_mult=() => ch_mult=()
+{TRAIN} --config.training => config.training is a section
+{TRAIN} --config.sde=vp => config.sde is a section
 {TRAIN} --num_processes=2 => --num_processes=2|--coordinator
 {TRAIN} --num_processes=0 => --num_processes
 {TRAIN} --process_id=1 => --process_id=1
@@ -102,6 +104,7 @@ VALUES = f"""
 {TRAIN} --config.seed=4294967296 => config.seed=4294967296
 {TRAIN} --config.data.dataset=cifar => config.data.dataset='cifar'
 {TRAIN} --config.data.image_size=0 => config.data.image_size=0
+{TRAIN} --config.data.image_size=1000000000 => config.data.image_size=1000000000
 {TRAIN} --config.data.num_channels=2 => config.data.num_channels=2
 {TRAIN} --config.data.dims=-1 => config.data.dims=-1
 {TRAIN} --config.data.dims=2 => config.data.dims=2
@@ -114,6 +117,7 @@ VALUES = f"""
 {TRAIN} --config.sde.sigma_max=inf => config.sde.sigma_max=inf
 {TRAIN} --config.sde.sigma_max=nan => config.sde.sigma_max=nan
 {TRAIN} --config.sde.sigma_max=1e30 => config.sde.sigma_max=1e+30
+{TRAIN} --config.sde.sigma_min=1e-40 => config.sde.sigma_min=1e-40
 {TRAIN} --config.sde.beta_min=1 => config.sde.beta_min
 {POINTS} --config.sde.beta_min=30 => beta_min=30.0
 {POINTS} --config.sde.beta_max=2000 => config.sde.beta_max=2000.0
@@ -140,6 +144,8 @@ VALUES = f"""
 {TRAIN} --config.training.num_scales=-1 => config.training.num_scales=-1
 {TRAIN} --config.training.ema_rate=1 => config.training.ema_rate=1.0
 {TRAIN} --config.training.ema_rate=1.5 => config.training.ema_rate=1.5
+{TRAIN} --config.training.ema_rate=0.999999999 => config.training.ema_rate
+{TRAIN} --config.model.init_scale=1e300 => config.model.init_scale=1e+300
 {TRAIN} --config.training.ema_rate=-0.1 => config.training.ema_rate=-0.1
 {TRAIN} --config.training.n_jitted_steps=0 => config.training.n_jitted_steps=0
 {TRAIN} --config.training.n_jitted_steps=3 => config.training.n_jitted_steps=3
@@ -162,6 +168,9 @@ VALUES = f"""
 {TRAIN} --config.training.ema_lengths=0.05,0.3 => config.training.ema_lengths
 {TRAIN} --config.training.noise=sorted => config.training.noise='sorted'
 {TRAIN} --config.optim.lr=inf => config.optim.lr=inf
+{TRAIN} --config.optim.lr=1e39 => config.optim.lr=1e+39
+{TRAIN} --config.optim.grad_clip=1e-320 => config.optim.grad_clip=1e-320
+{TRAIN} --config.optim.beta2=0.99999999 => config.optim.beta2=0.99999999
 {TRAIN} --config.optim.lr=nan => config.optim.lr=nan
 {TRAIN} --config.optim.beta1=1 => config.optim.beta1=1.0
 {TRAIN} --config.optim.beta2=-0.5 => config.optim.beta2=-0.5
@@ -197,6 +206,9 @@ VALUES = f"""
 {TRAIN} --config.eval.batch_size=0 => config.eval.batch_size=0
 {TRAIN} --config.eval.bpd_eps=0 => config.eval.bpd_eps=0.0
 {TRAIN} --config.eval.bpd_eps=1 => config.eval.bpd_eps=1.0
+{TRAIN} --config.eval.bpd_eps=0.9999999999 => config.eval.bpd_eps=0.9999999999
+{TRAIN} --config.sampling.snr=1e40 => config.sampling.snr=1e+40
+{TRAIN} --config.sampling.rtol=1e300 => config.sampling.rtol=1e+300
 {TRAIN} --config.eval.bpd_trace=exct => config.eval.bpd_trace='exct'
 {TRAIN} --config.eval.num_samples=0 => config.eval.num_samples=0
 """
@@ -216,6 +228,17 @@ DATA = f"""
 {NPZ}one.npz => data.path
 {NPZ}none_in_it.npz => none_in_it.npz
 {NPZ}photos => photos
+{NPZ}pipe.npz => pipe.npz
+{NPZ}many_labels.npz => many_labels.npz
+{NPZ}huge_labels.npz => huge_labels.npz
+{NPZ}one_hot.npz => one_hot.npz
+{NPZ}half.npz => half.npz|x_test
+{FOLDER}pipes => 1.png
+{FOLDER}link => 1.png
+{FOLDER}gifs => gifs|3 .gif
+{FOLDER}text_png => 1.png|PNG, JPEG
+{FOLDER}like_splits => te, tr|cat, dog
+{FOLDER}dev_prod => dev, prod|rename
 {FOLDER} => data.path
 {FOLDER}none => none
 {FOLDER}text.txt => text.txt
@@ -226,6 +249,8 @@ DATA = f"""
 {TRAIN} --config.data.dataset=cifar10 --config.data.path=photos => photos
 {STATS}eval.extractor=none => config.eval.extractor='none'
 {STATS}eval.extractor=os:none => config.eval.extractor='os:none'
+{STATS}eval.extractor=json:none => config.eval.extractor='json:none'
+{STATS}eval.extractor=broken_extractor:f => config.eval.extractor|no GPU
 {STATS}eval.inception_path=none.pth => none.pth
 {STATS}eval.inception_path=text.txt => text.txt
 {STATS}eval.inception_path=pickled.npz => pickled.npz
@@ -250,6 +275,8 @@ CHECKPOINTS = f"""
 --config={TINY} --mode=import --workdir=run --checkpoint=other => run
 --config={TINY} --mode=import --workdir=text.txt --checkpoint=other => text.txt
 {RUN}export => --output
+{RUN}export --output=/proc/a.safetensors => /proc/a.safetensors
+{RUN}export --output=text.txt/a.safetensors => text.txt/a|text.txt is
 {RUN}export --output=out => diffusers
 """
 WORKDIRS = f"""
@@ -262,6 +289,7 @@ WORKDIRS = f"""
 --workdir=damaged_config --config={TINY} --mode=train => damaged_config/config
 --workdir=text.txt --config={TINY} --mode=train => text.txt
 --workdir=text.txt/run --config={TINY} --mode=train => text.txt
+--workdir=unknown_config --mode=sample => unknown_config/config.json|batch_sise
 --workdir=text.txt --mode=sample => text.txt
 --workdir=untrained --mode=sample => untrained/checkpoints
 {RUN}eval --config.eval.ema_length=0.4 => config.eval.ema_length=(0.4,)
@@ -341,6 +369,9 @@ def _save_image(path, size=8, seed=0):
   Image.fromarray(pixels).save(path)
 
 
+CLASSES = 'cat', 'dog'
+
+
 def _write_data(folder):
   images = np.zeros((4, 8, 8, 1), np.uint8)
   save = lambda name, **arrays: np.savez(folder / f'{name}.npz', **arrays)
@@ -355,13 +386,29 @@ def _write_data(folder):
   save('nan', images=images + np.nan)
   save('channels', images=np.zeros((4, 8, 8, 3), np.uint8))
   save('labels', images=images, labels=np.zeros(3, int))
+  save('many_labels', images=images, labels=np.full(4, 10**9))
+  save('huge_labels', images=images, labels=np.full(4, 2**63, np.uint64))
+  save('one_hot', images=images, labels=np.eye(4, dtype=int))
+  save('half', x_train=images)
+  os.mkfifo(folder / 'pipe.npz')
   save('one', images=images[:1])
   save('none_in_it', images=images[:0])
   (folder / 'empty').mkdir()
   _save_image(folder / 'one' / '0.png')
-  for name in ('photos', 'damaged', 'deep'):
+  names = 'photos', 'damaged', 'deep', 'pipes', 'link', 'text_png'
+  names += 'dev_prod/dev', 'dev_prod/prod'
+  names += tuple(f'like_splits/{s}/{c}' for s in ('tr', 'te') for c in CLASSES)
+  for name in names:
     for i in range(3):
       _save_image(folder / name / f'{i}.png', seed=i)
+  for i in range(3):
+    _save_image(folder / 'gifs' / f'{i}.gif')
+  for name in ('pipes', 'link'):
+    (folder / name / '1.png').unlink()
+  os.mkfifo(folder / 'pipes' / '1.png')
+  (folder / 'link' / '1.png').symlink_to(folder / 'none')
+  (folder / 'text_png' / '1.png').write_text('no image')
+  (folder / 'broken_extractor.py').write_text('raise RuntimeError("no GPU")')
   path = folder / 'damaged' / '1.png'
   path.write_bytes(path.read_bytes()[:60])
   deep = Image.fromarray(np.full((8, 8), 40_000, np.uint16))
@@ -404,6 +451,7 @@ def _write_workdirs(folder):
   for name, content in (
     ('damaged', text[:100]),
     ('list', b'[1, 2]'),
+    ('unknown', b'{"training": {"batch_sise": 1}}'),
     ('bytes', struct.pack('8d', *range(8))),
   ):
     (folder / f'{name}_config').mkdir()
@@ -424,7 +472,9 @@ def world(tmp_path_factory):
 def contents(folder):
   """Return {path: size and time of change} of all files and folders."""
   return {
-    path: None if path.is_dir() else (path.stat().st_size, path.stat().st_mtime)
+    path: None
+    if path.is_dir()
+    else (path.lstat().st_size, path.lstat().st_mtime)
     for path in folder.rglob('*')
   }
 
@@ -433,6 +483,7 @@ def contents(folder):
 def error_of(world, monkeypatch, tmp_path):
   """Return run(arguments) -> the text with which the process ends."""
   monkeypatch.chdir(world)
+  monkeypatch.syspath_prepend(world)
   monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', tiny.CACHE)
   monkeypatch.setenv('SCORE_SDE_CACHE', str(tmp_path / 'cache'))
 
