@@ -9,8 +9,11 @@ all keys.
 """
 
 import ast
+import contextlib
 import os
+import signal
 import sys
+import threading
 import warnings
 
 import jax
@@ -197,6 +200,29 @@ def parse(argv):
   return argv[:1]
 
 
+@contextlib.contextmanager
+def _terminable():
+  """Let SIGTERM end a command as Ctrl-C does: parts of files are removed.
+
+  Training has handlers of its own, which save. A second signal stops at once.
+  """
+
+  def stop(number, frame):
+    del frame
+    signal.signal(number, signal.SIG_DFL)
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+  # Python allows handlers in the main thread only.
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+  before = signal.signal(signal.SIGTERM, stop)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
 def _text(error):
   """Return the one line of an error."""
   if isinstance(error, OSError) and error.filename and error.strerror:
@@ -212,10 +238,12 @@ def main(argv):
     return
   warnings.formatwarning = lambda text, *_, **__: f'warning: {text}\n'
   try:
-    configure_jax()
-    MODES[FLAGS.mode](read_config())
-  except KeyboardInterrupt:
-    sys.exit('error: Stopped by SIGINT; what was written stays.')
+    with _terminable():
+      configure_jax()
+      MODES[FLAGS.mode](read_config())
+  except KeyboardInterrupt as stop:
+    name = stop.args[0] if stop.args else 'SIGINT'
+    sys.exit(f'error: Stopped by {name}; what was written stays.')
   except (ValueError, KeyError, OSError, FloatingPointError) as error:
     sys.exit(f'error: {_text(error)}')
   except (MemoryError, jax.errors.JaxRuntimeError) as error:

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ import run_lib
 from checkpoints.workdir import Checkpoints, read_config
 from commands import control as control_command
 from commands import stats
+from runtime import files
 from runtime.locks import lock
 from runtime.progress import Log
 from tests import tiny
@@ -324,3 +326,41 @@ def test_an_interrupted_command_is_one_line(home, monkeypatch):
   monkeypatch.setattr(main.sample, 'sample', interrupted)
   error = call('--mode=sample', '--workdir=run')
   assert error == 'error: Stopped by SIGINT; what was written stays.'
+
+
+@pytest.mark.parametrize('mode', ['sample', 'eval', 'encode', 'stats'])
+def test_sigterm_ends_other_modes_with_a_line_and_no_parts(
+  home, monkeypatch, mode
+):
+  import main
+
+  def terminated(*_):
+    with files.atomic('result.npz') as part:
+      part.write_text('half')
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(60)
+
+  before = signal.getsignal(signal.SIGTERM)
+  monkeypatch.setitem(main.MODES, mode, terminated)
+  there = sorted(os.listdir())
+  error = call(f'--mode={mode}', '--workdir=run')
+  assert error == 'error: Stopped by SIGTERM; what was written stays.'
+  assert sorted(os.listdir()) == there
+  assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_memory_that_runs_out_is_one_line(home, monkeypatch):
+  import main
+
+  for failure in (
+    MemoryError(),
+    jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory\nallocating'),
+  ):
+
+    def fail(*_, failure=failure):
+      raise failure
+
+    monkeypatch.setattr(main.sample, 'sample', fail)
+    error = call('--mode=sample', '--workdir=run')
+    assert error.startswith('error: Out of memory') and '\n' not in error
+    assert 'config.eval.batch_size' in error
