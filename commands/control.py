@@ -37,9 +37,10 @@ from runtime.progress import say
 def _build(table, config, key):
   """Return the object of a table that config.control chooses by a key."""
   section = {**config.control}
-  if section['mask'] not in MASKS and pathlib.Path(section['mask']).is_file():
+  path = pathlib.Path(section['mask']).expanduser()
+  if section['mask'] not in MASKS and path.is_file():
     fit = sources.fit_of(config.data) | {'channels': 1}
-    image = sources.decode_file(pathlib.Path(section['mask']), **fit)
+    image = sources.decode_file(path, **fit)
     section['mask'] = image[..., 0] > 127
   owned = {'seed': config.seed, 'centered': config.data.centered}
   return options.build(table, section, f'control.{key}', **owned)

@@ -124,7 +124,9 @@ def _parser():
     return added
 
   added = command(prepare_dataset, 'prepare')
-  added.add_argument('--manual_dir', help='files that you downloaded')
+  added.add_argument(
+    '--manual_dir', type=os.path.expanduser, help='files that you downloaded'
+  )
   added = command(print_sigma_max, 'sigma_max')
   added.add_argument('--num_images', type=int, help='size of a random subset')
   added = command(show_cache, 'cache', nargs='?')

@@ -282,3 +282,13 @@ def test_a_network_told_the_class_makes_the_class():
   nearest = np.argmin(((free[:, None] - means[None]) ** 2).sum(-1), 1)
   share = np.bincount(nearest, minlength=3) / 600
   np.testing.assert_allclose(share, 1 / 3, atol=0.12)
+
+
+def test_a_mask_may_be_in_the_home_folder(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  drawn = np.zeros((8, 8), np.uint8)
+  drawn[:4] = 255
+  PIL.Image.fromarray(drawn).save(tmp_path / 'mask.png')
+  config = tiny.get_config(control__name='inpaint', control__mask='~/mask.png')
+  operator = control._build(control.OPERATORS, config, 'name')
+  np.testing.assert_array_equal(operator.pixels((8, 8)), drawn > 0)
