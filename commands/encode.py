@@ -110,8 +110,9 @@ def _variations(coder, z):
 def encode(config, workdir):
   """Encode config.sampling.num_samples test images, or points, and decode them.
 
-  Writes to workdir/latent/step_N-HASH-COUNT, where the hash is of all that the
-  codes depend on (weights, config and images): codes.npz, with `images`, their
+  Writes to workdir/latent/step_N-HASH-DATA-COUNT, where HASH is of all that the
+  codes depend on besides the images (weights and config), and DATA is of the
+  test data: codes.npz, with `images`, their
   codes `z`, `reconstructions`, `interpolations` [R, K, ...] between images 2r
   and 2r + 1 at `weights` [K], and images r at `temperatures` [T], `rescaled`
   [R, T, ...];

@@ -382,10 +382,11 @@ def sample_evaluator(judge) -> Evaluator:
 def evaluate(config, workdir, eval_folder='eval'):
   """Evaluate the checkpoints that config.eval.checkpoint names.
 
-  Writes workdir/eval_folder/step_N-HASH/result-HASH.json, with config, step,
-  seed, counts, sampler, NFE and versions beside the metrics; samples.png there;
-  and a table and curves of all results in the folder. With several lengths in
-  config.eval.ema_length each has a result, and the curves are over them too.
+  Writes workdir/eval_folder/step_N-HASH-DATA/result-HASH.json, with config,
+  step, seed, counts, sampler, NFE and versions beside the metrics; samples.png
+  there; and a table and curves of all results in the folder. With several
+  lengths in config.eval.ema_length each has a result, and the curves are over
+  them too.
 
   Raises:
     FileNotFoundError, ValueError: there is no such checkpoint, data or weights;
