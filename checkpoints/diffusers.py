@@ -20,14 +20,13 @@ Functions take an `experiment.Experiment` as `model`.
 """
 
 import collections
-import json
 import pathlib
 
 import numpy as np
 import safetensors.numpy
 from flax import traverse_util
 
-from runtime.files import atomic
+from runtime.files import atomic, to_json
 
 # Values that fields of each network must have.
 _REQUIRED = {
@@ -105,7 +104,7 @@ def export(folder, model, ema_params):
     for name, content in files.items():
       path = part / name
       path.parent.mkdir(parents=True, exist_ok=True)
-      path.write_text(json.dumps(content, indent=2) + '\n')
+      path.write_text(to_json(content, indent=2) + '\n')
     safetensors.numpy.save_file(
       unet_tensors(model, ema_params),
       part / 'unet' / 'diffusion_pytorch_model.safetensors',

@@ -647,3 +647,16 @@ def test_a_config_that_is_no_mapping(values):
 def test_a_config_without_a_process():
   with pytest.raises(ValueError, match='config.sde.name is missing'):
     schema.check(schema.from_dict({'seed': 1}))
+
+
+def test_keys_of_two_types_take_both():
+  """In Python as on the command line: a class by its name or its number."""
+  config = tiny.get_config()
+  for label in ('dog', 3):
+    config.control.label = label
+    assert config.control.label == label
+    again = schema.from_dict(experiment.json_of(config))
+    again.control.label = 'cat'
+    assert config.control.label == label
+  config.eval.checkpoint = 4
+  schema.check(config)
