@@ -42,6 +42,8 @@ from runtime.options import Options, option
 Data = Float[ArrayLike, ' B *dims']
 PerExample = Float[ArrayLike, ' B']
 
+OF_LOSS = ('samples',)  # Test losses depend on these options.
+
 # --------------------------------------------- objectives, as plain functions
 
 
@@ -299,6 +301,37 @@ class Lognormal(Times):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LogitNormal(Times):
+  """Draw log(t / (1 - t)) ~ N(logit_mean, logit_std^2); the weight is 1.
+
+  The times of rectified flows of Esser et al. (2024, arXiv 2403.03206, Eq. 19).
+  Times outside [eps, 1] are moved to its ends.
+
+  Example:
+    >>> sde = sde_lib.RectifiedFlow()
+    >>> t, _ = LogitNormal()(jax.random.key(0), sde, 1000, 1e-5)
+    >>> bool(abs(jnp.mean(t < 0.5) - 0.5) < 0.05)
+    True
+  """
+
+  logit_mean: float = option(
+    0.0, 'Mean of the logit of t in training.', '(-inf, inf)', marks=OF_LOSS
+  )
+  logit_std: float = option(
+    1.0,
+    'Standard deviation of the logit of t in training.',
+    '(0, inf)',
+    marks=OF_LOSS,
+  )
+
+  def __call__(self, rng, sde, batch, eps):
+    del sde
+    logit = self.logit_mean + self.logit_std * jax.random.normal(rng, (batch,))
+    t = jnp.clip(jax.nn.sigmoid(logit), eps, 1.0)
+    return t, jnp.ones_like(t)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Single(Times):
   """Use t = eps, one noise level (Vincent 2011); the weight is 1.
 
@@ -318,6 +351,7 @@ TIMES = {
   'grid': Grid,
   'importance': Importance,
   'lognormal': Lognormal,
+  'logit_normal': LogitNormal,
   'single': Single,
 }
 
@@ -390,7 +424,28 @@ class EDM(Weighting):
     return (sigma**2 + self.sigma_data**2) * (sigma / self.sigma_data) ** 2
 
 
-WEIGHTINGS = {'variance': Variance, 'likelihood': Likelihood, 'edm': EDM}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Velocity(Weighting):
+  """Weigh by g^4 / 4: the squared error of the velocity f x - g^2 score / 2.
+
+  For the rectified flow, the loss is that of Liu et al. (2023, Eq. 1).
+
+  Example:
+    >>> flow, t = sde_lib.RectifiedFlow(), jnp.asarray(0.25)
+    >>> print(f'{Velocity()(flow, t):.4f}')  # (t / (1 - t))^2
+    0.1111
+  """
+
+  def __call__(self, sde, t):
+    return sde.coefficients(t)[1] ** 4 / 4
+
+
+WEIGHTINGS = {
+  'variance': Variance,
+  'likelihood': Likelihood,
+  'edm': EDM,
+  'velocity': Velocity,
+}
 
 
 # ----------------------------------------------------------------- reductions
@@ -588,7 +643,6 @@ OBJECTIVES = {
 # --------------------------------------------------------------------- losses
 
 
-OF_LOSS = ('samples',)  # Test losses depend on these options.
 
 
 def independent(x0: Data, z: Data) -> Int[ArrayLike, ' B']:

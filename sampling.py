@@ -121,6 +121,7 @@ SAMPLERS = {
   'annealed_langevin': langevin.AnnealedLangevin,
   'ddim': plans.DDIM,
   'heun': plans.Heun,
+  'flow_heun': plans.FlowHeun,
   'dpmpp_2m': plans.DPMpp2M,
   'dpmpp_3m': plans.DPMpp3M,
   'dpmpp_2s': plans.DPMpp2S,

@@ -17,6 +17,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -353,10 +354,40 @@ class DDPM(_LinearBeta):
     return self.transition(s, t)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RectifiedFlow(SDE):
+  """Straight lines from data to noise (Liu et al. 2023).
+
+  x_t = (1 - t) x_0 + t z, so f = -1 / (1 - t) and g^2 = 2 t / (1 - t), and the
+  drift of the ODE is the velocity E[z - x_0 | x_t]. A score does not determine
+  the velocity at t = 1, where alpha is 0. Therefore times above 1 - `ALPHA_MIN`
+  have the coefficients and the noise of that time, and samples start at t = 1.
+
+  Example:
+    >>> print(*RectifiedFlow().marginal(0.25))
+    0.75 0.25
+  """
+
+  ALPHA_MIN: ClassVar[float] = 1e-3
+  prior_std: ClassVar[float] = 1.0
+
+  def marginal(self, t: Times) -> Pair:
+    sigma = jnp.minimum(jnp.asarray(t), 1 - self.ALPHA_MIN)
+    return 1 - sigma, sigma
+
+  def coefficients(self, t: Times) -> Pair:
+    alpha, sigma = self.marginal(t)
+    return -1 / alpha, jnp.sqrt(2 * sigma / alpha)
+
+  def discretize(self, s: Real[ArrayLike, '...'], t: Times) -> Pair:
+    return self.transition(s, t)
+
+
 SDES = {
   've': VESDE,
   'vp': VPSDE,
   'subvp': SubVPSDE,
   'ddpm': DDPM,
   'edm': EDM,
+  'rectified_flow': RectifiedFlow,
 }

@@ -75,6 +75,18 @@ def edm(config):
   config.sampling.eps = 0.002 / 80
 
 
+def flow(config):
+  """Train a rectified flow (Liu et al. 2023). Put it after `vp` and a network.
+
+  Times are uniform, as there; `training.times='logit_normal'` is the choice of
+  Esser et al. (2024).
+  """
+  config.sde = {'name': 'rectified_flow'}
+  config.model.conditioning = 'velocity'
+  config.training.weighting = 'velocity'
+  config.sampling.method = 'ode'
+
+
 # ----------------------------------------------------------------- networks
 
 _ALL = {

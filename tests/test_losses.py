@@ -21,6 +21,7 @@ SDES = [
   sde_lib.VPSDE(),
   sde_lib.SubVPSDE(),
   sde_lib.EDM(sigma_max=10.0),
+  sde_lib.RectifiedFlow(),
 ]
 name = lambda sde: type(sde).__name__
 

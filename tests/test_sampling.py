@@ -16,6 +16,7 @@ SDES = [
   sde_lib.VPSDE(),
   sde_lib.SubVPSDE(),
   sde_lib.DDPM(num_scales=200),
+  sde_lib.RectifiedFlow(),
 ]
 BATCH = 2000
 name = lambda sde: type(sde).__name__
