@@ -51,11 +51,98 @@ class Scaled(Options):
   )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limited(Scaled):
+  """Base of guidances that may be limited to an interval of noise levels.
+
+  Kynkaanniemi et al. (2024, arXiv 2404.07724, Eq. 5): guidance harms samples at
+  high noise levels and is not needed at low ones.
+  """
+
+  interval_low: float = option(
+    0.0, 'Guidance needs a noise level sigma / alpha above this.', '[0, inf]'
+  )
+  interval_high: float = option(
+    math.inf, 'Guidance needs a noise level of at most this.', '[0, inf]'
+  )
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.interval_low >= self.interval_high:
+      raise ValueError(
+        f'config.control.interval_low={self.interval_low} needs to be below '
+        f'config.control.interval_high={self.interval_high}.'
+      )
+
+  @property
+  def everywhere(self) -> bool:
+    """Whether there is no limit."""
+    return self.interval_low == 0 and self.interval_high == math.inf
+
+  def choose(
+    self,
+    sde: SDE,
+    t: Float[Array, ' B'],
+    guided: Float[Array, ' B *dims'],
+    plain: Float[Array, ' B *dims'],
+  ) -> Float[Array, ' B *dims']:
+    """Return the guided score in the interval, and the plain one outside."""
+    if self.everywhere:
+      return guided
+    alpha, sigma = sde.marginal(t)
+    level = sigma / alpha
+    inside = (level > self.interval_low) & (level <= self.interval_high)
+    return jnp.where(sde_lib.expand(inside, plain), guided, plain)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Autoguidance(Limited):
+  """Guide by a weaker version of the network (Karras et al. 2024b, Eq. 3).
+
+  D = D_weak + scale (D - D_weak) (arXiv 2406.02507), where the weak network is
+  smaller, or was trained for a shorter time; scale=1 is no guidance. The
+  denoisers belong to the same process, so it is the same for scores.
+
+  Example:
+    >>> guided = Autoguidance(scale=2.0)(
+    ...   lambda x, t: -x, sde_lib.VPSDE(), weak=lambda x, t: -0.5 * x)
+    >>> print(guided(jnp.ones((1, 2)), jnp.ones(1)))
+    [[-1.5 -1.5]]
+  """
+
+  def __call__(
+    self,
+    score_fn: ScoreFn,
+    sde: SDE,
+    *,
+    weak: ScoreFn,
+    label: Int[ArrayLike, ' B'] | None = None,
+  ) -> ScoreFn:
+    """Return the guided score.
+
+    Args:
+      score_fn: the score; with a label, score_fn(x, t, label) is used.
+      sde: the process of both scores.
+      weak: weak(x, t) -> the score of the weak network.
+      label: classes [B], or None.
+    """
+    given = () if label is None else (label,)
+
+    def guided(x, t):
+      plain = score_fn(x, t, *given)
+      if self.scale == 1:
+        return plain
+      poor = weak(x, t)
+      return self.choose(sde, t, poor + self.scale * (plain - poor), plain)
+
+    return guided
+
+
 # ------------------------------------------------------------------- classes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ClassifierGuidance(Scaled):
+class ClassifierGuidance(Limited):
   """Guide by a classifier of noisy data (Eq. 14).
 
   score(x, t) + scale grad_x log p_t(y | x).
@@ -79,26 +166,27 @@ class ClassifierGuidance(Scaled):
 
     Args:
       score_fn: the unconditional score.
-      sde: the process; unused.
+      sde: the process.
       log_prob: log_prob(x, t) -> log p_t(y | x) of the wanted class, [B].
     """
-    del sde
 
     def guided(x, t):
       gradient = jax.grad(lambda x: jnp.sum(log_prob(x, t)))(x)
-      return score_fn(x, t) + self.scale * gradient
+      free = score_fn(x, t)
+      return self.choose(sde, t, free + self.scale * gradient, free)
 
     return guided
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ClassifierFree(Scaled):
+class ClassifierFree(Limited):
   """Guide by a network that is told the class (Ho & Salimans 2022, Eq. 6).
 
   score(x, t) + scale (score(x, t, label) - score(x, t)). In the paper's
   notation scale = 1 + w: 0 gives the unconditional score, 1 the conditional
   one, and more sharpens the classes. Only scales 0 and 1 evaluate the network
-  once per step, all others twice.
+  once per step, all others twice. Outside of the interval of noise levels it is
+  the conditional score.
 
   Example:
     >>> score_fn = lambda x, t, *label: jnp.full_like(x, len(label))
@@ -116,18 +204,18 @@ class ClassifierFree(Scaled):
     Args:
       score_fn: score_fn(x, t) is the unconditional score, score_fn(x, t, label)
         the score given the classes.
-      sde: the process; unused.
+      sde: the process.
       label: classes [B].
     """
-    del sde
 
     def guided(x, t):
       if self.scale == 1:
         return score_fn(x, t, label)
       free = score_fn(x, t)
-      if self.scale == 0:
+      if self.scale == 0 and self.everywhere:
         return free
-      return free + self.scale * (score_fn(x, t, label) - free)
+      given = score_fn(x, t, label)
+      return self.choose(sde, t, free + self.scale * (given - free), given)
 
     return guided
 
@@ -670,6 +758,7 @@ METHODS = {'projection': Projection, 'dps': DPS, 'pigdm': PiGDM}
 CONTROLS = {
   'classifier': ClassifierGuidance,
   'labels': ClassifierFree,
+  'autoguidance': Autoguidance,
   **OPERATORS,
 }
 
@@ -680,8 +769,9 @@ class Control(Options):
 
   name: Any = option(
     '',
-    "What samples are conditioned on: 'classifier' or 'labels' for classes, "
-    "the others for measurements; '' for nothing.",
+    "What guides samples: 'classifier' or 'labels' for classes, "
+    "'autoguidance' for a weaker network, the others for measurements; '' for "
+    'nothing.',
     table={'': None, **CONTROLS},
   )
   label: int | str = option(
@@ -689,6 +779,12 @@ class Control(Options):
   )
   classifier_workdir: str = option(
     '', "Folder of a trained classifier, for the control 'classifier'."
+  )
+  weak_workdir: str = option(
+    '', "Folder of the weak network of 'autoguidance'; '' for the run itself."
+  )
+  weak_checkpoint: str | int = option(
+    'last', "Its checkpoint: 'last', 'best' or a step."
   )
   method: Any = option(
     'projection', 'How samples are conditioned on measurements.', table=METHODS

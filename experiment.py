@@ -37,6 +37,7 @@ from checkpoints import formats, workdir
 from configs import schema
 from data import datasets, pixels, toy
 from models import score
+from models.uncertainty import LogVariance
 from runtime import options
 from runtime.devices import all_hosts
 from runtime.files import check_local
@@ -51,6 +52,9 @@ Rng = Key[Array, '']
 
 # Relative error of the profile of an average from which on a warning is due.
 INEXACT = 0.1
+# Where the parameters of `LogVariance` are, beside those of the network.
+UNCERTAINTY = 'uncertainty'
+
 # Times at which the accuracy of a classifier is measured, by metric.
 ACCURACIES = {f'accuracy_t{t}': t for t in (0.0, 0.25, 0.5, 0.75, 1.0)}
 
@@ -98,7 +102,14 @@ class Experiment:
 
   def _init(self, rng):
     x, cond = jnp.zeros(self.shape(1)), jnp.ones(1)
-    return self.network.init(rng, x, cond, train=False)['params']
+    params = self.network.init(rng, x, cond, train=False)['params']
+    if getattr(self.loss_fn, 'uncertainty', False):
+      params[UNCERTAINTY] = LogVariance().init(rng, cond)['params']
+    return params
+
+  def network_params(self, params: PyTree) -> PyTree:
+    """Return the parameters without those that only training needs."""
+    return {k: v for k, v in params.items() if k != UNCERTAINTY}
 
   @functools.cached_property
   def _shapes(self):
@@ -117,7 +128,12 @@ class Experiment:
   def _apply(self, params, x, cond, *label, dropout_rng=None):
     rngs = None if dropout_rng is None else {'dropout': dropout_rng}
     return self.network.apply(
-      {'params': params}, x, cond, *label, train=rngs is not None, rngs=rngs
+      {'params': self.network_params(params)},
+      x,
+      cond,
+      *label,
+      train=rngs is not None,
+      rngs=rngs,
     )
 
   def score_fn(self, params, *, continuous=False, dropout_rng=None):
@@ -189,7 +205,16 @@ class Experiment:
         label = jnp.where(drop, self.num_labels, label)
       of_class = score_fn
       score_fn = lambda x, t: of_class(x, t, label)
-    return self.loss_fn(rng_loss, score_fn, self.sde, x0, train=train)
+    log_variance = None
+    if train and self.loss_fn.uncertainty:
+      log_variance = functools.partial(self._log_variance, params)
+    return self.loss_fn(
+      rng_loss, score_fn, self.sde, x0, log_variance, train=train
+    )
+
+  def _log_variance(self, params, t):
+    level = -self.sde.log_snr(t) / 8
+    return LogVariance().apply({'params': params[UNCERTAINTY]}, level)
 
   def test_metrics(
     self, params: PyTree, rng: Rng, batch: dict
@@ -253,8 +278,10 @@ class Experiment:
     sde = self.sde.continuous if continuous else self.sde
     classes = 0 if guide else self.num_labels
     if classes:
-      guide = controllable_generation.ClassifierFree(
-        scale=self.config.control.scale
+      guide = options.build(
+        controllable_generation.CONTROLS,
+        {**self.config.control, 'name': 'labels'},
+        'control.name',
       )
 
     def sample(params, rng, z=None, **given):
@@ -832,7 +859,7 @@ def load(path, which='last', ema_length=None):
     restore = functools.partial(restore_average, length=ema_length)
     shapes = model.abstract_params()
     params = workdir.restore_ema(path, shapes, which, restore)
-    return model, params
+    return model, model.network_params(params)
   model = build(schema.from_dict(formats.exported_config(path)))
   released = formats.load(path, model.network, model.shape(1))
   return model, jax.tree.map(jnp.asarray, released.ema_params)

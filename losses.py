@@ -440,11 +440,37 @@ class Velocity(Weighting):
     return sde.coefficients(t)[1] ** 4 / 4
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MinSNR(Weighting):
+  """Weigh by min(SNR, gamma) (Hang et al. 2023), for the error of the score.
+
+  Their weight is that of the error of the denoiser, which is sigma^2 / alpha
+  times that of the score; SNR = alpha^2 / sigma^2.
+
+  Example:
+    >>> edm, t = sde_lib.EDM(sigma_max=1.0), jnp.asarray([0.25, 1.0])
+    >>> MinSNR(snr_gamma=4.0)(edm, t).tolist()
+    [0.015625, 1.0]
+  """
+
+  snr_gamma: float = option(
+    5.0,
+    'Largest weight of the error of the denoiser.',
+    '(0, inf)',
+    marks=OF_LOSS,
+  )
+
+  def __call__(self, sde, t):
+    alpha, sigma = sde.marginal(t)
+    return sigma**2 * jnp.minimum(1, self.snr_gamma * (sigma / alpha) ** 2)
+
+
 WEIGHTINGS = {
   'variance': Variance,
   'likelihood': Likelihood,
   'edm': EDM,
   'velocity': Velocity,
+  'min_snr': MinSNR,
 }
 
 
@@ -749,6 +775,12 @@ class ScoreMatching(Options):
     'How the noise of a batch is given to its images in training.',
     table=ASSIGNMENTS,
   )
+  uncertainty: bool = option(
+    False,
+    'Whether training learns the log-variance of the loss at each noise level, '
+    'and divides by it (Karras et al. 2024, Eq. 14-15).',
+    marks=('run',),
+  )
 
   @property
   def smallest(self) -> float:
@@ -766,10 +798,14 @@ class ScoreMatching(Options):
     score_fn: Callable,
     sde: sde_lib.SDE,
     x0: Data,
+    log_variance: Callable | None = None,
     *,
     train: bool = True,
   ) -> PerExample:
-    """Return lambda(t) J(s(., t)) at random times and noise.
+    """Return L = lambda(t) J(s(., t)) at random times and noise.
+
+    With a log-variance u(t) it is e^-u L + u, where u is reduced as J is; it is
+    least where e^u is the mean of L at t.
 
     Args:
       rng: key for the times, the noise and the directions.
@@ -777,6 +813,7 @@ class ScoreMatching(Options):
       sde: forward process.
       x0: clean data in the model's range.
       train: whether `noise` applies; test losses are of independent noise.
+      log_variance: u(t) [B] of the learned uncertainty; None for L itself.
 
     Raises:
       ValueError: a choice does not suit the process.
@@ -787,7 +824,7 @@ class ScoreMatching(Options):
     z = jax.random.normal(rng_z, x0.shape)
     if train and self.noise is not independent:
       z = z[self.noise(x0, z)]
-    return self.objective(
+    value = self.objective(
       rngs,
       score_fn,
       sde,
@@ -798,6 +835,11 @@ class ScoreMatching(Options):
       weighting=self.weighting,
       reduction=self.reduction,
     )
+    if log_variance is None:
+      return value
+    u = log_variance(t)
+    scale = self.reduction(np.ones((1, x0[0].size))).item()
+    return jnp.exp(-u) * value + scale * weight * u
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

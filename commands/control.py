@@ -1,8 +1,9 @@
 """Controlled generation by `--mode sample`: what config.control asks for.
 
 Classes ('classifier', 'labels') give a grid of samples with a column for each
-class. Inverse problems ('inpaint', 'colorize', ...) take images, measure them,
-and show original, measurement and reconstructions side by side.
+class; 'autoguidance' guides by a weaker network. Inverse problems ('inpaint',
+'colorize', ...) take images, measure them, and show original, measurement and
+reconstructions side by side.
 """
 
 import abc
@@ -22,6 +23,7 @@ from controllable_generation import (
   MASKS,
   METHODS,
   OPERATORS,
+  Autoguidance,
   ClassifierGuidance,
   Guidance,
   Method,
@@ -96,6 +98,11 @@ class ClassTask(Task):
 
   guidance: Guidance
   columns: int | None
+  num_samples: int
+
+  @property
+  def count(self):
+    return self.num_samples
 
   def guide(self, score_fn, sde, **given):
     return self.guidance(score_fn, sde, **given)
@@ -145,10 +152,16 @@ def class_number(label, classes, names):
 def _class_task(config, guidance, classes, names, **shared):
   """Return the task of sampling config.control.label, or all classes in turn.
 
+  Without classes there are no labels.
+
   Raises:
     ValueError: there is no such class.
   """
   count = config.sampling.num_samples
+  if not classes:
+    return ClassTask(
+      rows={}, shared=shared, guidance=guidance, columns=None, num_samples=count
+    )
   label = class_number(config.control.label, classes, names)
   one = label >= 0
   if one and names:
@@ -159,6 +172,7 @@ def _class_task(config, guidance, classes, names, **shared):
     shared=shared,
     guidance=guidance,
     columns=None if one else classes,
+    num_samples=count,
   )
 
 
@@ -205,6 +219,21 @@ class ByNetwork:
     return self.guidance(score_fn, sde, log_prob=log_prob)
 
 
+def _check_noise(model, other, choice):
+  """Raise ValueError unless two models are of the same noisy data."""
+  ours, theirs = (
+    f'{m.sde.continuous} with data.centered={m.config.data.centered}'
+    for m in (model, other)
+  )
+  if ours != theirs or model.shape(1) != other.shape(1):
+    raise ValueError(
+      f'config.control.{choice} was trained for other noise or data: {theirs} '
+      f'and shape {other.shape(1)[1:]}, the model for {ours} and shape '
+      f'{model.shape(1)[1:]}. Train one with the config.sde and config.data of '
+      'the model.'
+    )
+
+
 def load_classifier(model):
   """Return (Experiment, parameters) of config.control.classifier_workdir.
 
@@ -232,16 +261,7 @@ def load_classifier(model):
       f'config.control.classifier_workdir={workdir} is no run of a '
       "classifier: train one there, with a classifier's config."
     )
-  ours, theirs = (
-    f'{m.sde.continuous} with data.centered={m.config.data.centered}'
-    for m in (model, classifier)
-  )
-  if ours != theirs:
-    raise ValueError(
-      f'config.control.classifier_workdir={workdir} was trained for other '
-      f'noise: {theirs}, the model for {ours}. Train one with the config.sde '
-      'and config.data of the model.'
-    )
+  _check_noise(model, classifier, f'classifier_workdir={workdir}')
   # Every host has them all, as arrays of no device.
   params = restore_ema(workdir, classifier.abstract_params())
   return classifier, jax.tree.map(np.asarray, params)
@@ -256,6 +276,69 @@ def classifier_task(model, workdir):
   guidance = ByNetwork(guidance, classifier)
   names = record.classes(model.config.control.classifier_workdir)
   return _class_task(model.config, guidance, classes, names, classifier=params)
+
+
+# --------------------------------------------------------------- autoguidance
+
+
+@dataclasses.dataclass(frozen=True)
+class ByWeakNetwork:
+  """Guidance by a weaker score network.
+
+  Attributes:
+    guidance: the guidance.
+    network: Experiment of the weak network.
+    continuous: whether the sampler needs scores in continuous time.
+  """
+
+  guidance: Autoguidance
+  network: experiment.Experiment
+  continuous: bool
+
+  def __call__(self, score_fn, sde, *, weak, label=None):
+    """Return the guided score.
+
+    Args:
+      score_fn: the score.
+      sde: the process.
+      weak: parameters of the weak network.
+      label: classes [B], or None.
+    """
+    weak_fn = self.network.score_fn(weak, continuous=self.continuous)
+    told = (label,) if self.network.num_labels else ()
+    return self.guidance(
+      score_fn, sde, weak=lambda x, t: weak_fn(x, t, *told), label=label
+    )
+
+
+def autoguidance_task(model, workdir):
+  """Return the task of a score network that a weaker one guides.
+
+  Raises:
+    FileNotFoundError: there is no weak network.
+    ValueError: it is no score network, or one of other noise or classes.
+  """
+  chosen = model.config.control
+  folder = pathlib.Path(chosen.weak_workdir or workdir).expanduser()
+  choice = f'weak_workdir={str(folder)!r}'
+  if not (folder / 'config.json').is_file():
+    raise FileNotFoundError(
+      f'config.control.{choice} has no config.json: name the workdir of a '
+      'trained run.'
+    )
+  weak = experiment.build(experiment.run_config(folder))
+  if weak.is_classifier or weak.num_labels not in (0, model.num_labels):
+    raise ValueError(
+      f'config.control.{choice} is no score network with the classes of the '
+      'model, or without classes: train one with its config.data.'
+    )
+  _check_noise(model, weak, choice)
+  params = restore_ema(folder, weak.abstract_params(), chosen.weak_checkpoint)
+  params = jax.tree.map(np.asarray, weak.network_params(params))
+  guidance = _build(CONTROLS, model.config, 'name')
+  guide = ByWeakNetwork(guidance, weak, model.sampler.continuous)
+  names = record.classes(workdir)
+  return _class_task(model.config, guide, model.num_labels, names, weak=params)
 
 
 # --------------------------------------------------------- inverse problems
@@ -358,6 +441,7 @@ def inverse_task(model, workdir):
 
 
 TASKS = {
+  'autoguidance': autoguidance_task,
   'classifier': classifier_task,
   'labels': label_task,
   **dict.fromkeys(OPERATORS, inverse_task),

@@ -82,7 +82,7 @@ def restore_step(model, layout, saved, workdir, step, length=None) -> Run:
     model=model,
     workdir=pathlib.Path(workdir),
     step=step,
-    params=params,
+    params=model.network_params(params),
     layout=layout,
   )
 

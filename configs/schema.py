@@ -28,7 +28,7 @@ import models
 import optimization
 import sampling
 import sde_lib
-from controllable_generation import Control
+from controllable_generation import CONTROLS, Control
 from data import datasets, pixels
 from features import inception
 from models import score
@@ -404,7 +404,9 @@ def unused(config) -> list[str]:
   """
   chosen, lines = chosen_keys(config), []
   if config.model.get('num_labels'):  # Such a network is guided by itself.
-    chosen.add('control.scale')
+    chosen |= {
+      f'control.{o.name}' for o in options.declared(CONTROLS['labels'])
+    }
   for section in ('training', 'optim', 'sampling', 'control'):
     idle = {
       path: value

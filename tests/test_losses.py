@@ -208,3 +208,39 @@ for assign in losses.ASSIGNMENTS.values():
 """
   root = pathlib.Path(__file__).parents[1]
   subprocess.run([sys.executable, '-c', program], cwd=root, check=True)
+
+
+def test_min_snr_is_the_papers_weight_of_the_denoiser():
+  """Compare with min(SNR, gamma) || D - x_0 ||^2 (Hang et al. 2023, Eq. 6)."""
+  x0, z = jax.random.normal(jax.random.key(0), (2, 9, 3))
+  t = jnp.linspace(0.02, 0.95, 9)
+  score_fn = lambda x, t: -0.7 * x
+  for sde in (sde_lib.VPSDE(), sde_lib.EDM(sigma_max=10.0)):
+    x = sde.perturb(x0, t, z)
+    error = sde.denoise(x, t, score_fn(x, t)) - x0
+    snr = jnp.exp(sde.log_snr(t))
+    want = jnp.minimum(snr, 5.0) * losses.mean(error**2)
+    assert (snr > 5).any() and (snr < 5).any()
+    found = losses.denoising_loss(
+      score_fn, sde, x0, t, z,
+      weighting=losses.MinSNR(), reduction=losses.mean,
+    )  # fmt: skip
+    np.testing.assert_allclose(found, want, rtol=1e-4)
+
+
+@pytest.mark.parametrize('reduction', ['mean', 'half_sum'])
+def test_the_best_log_variance_is_that_of_the_loss(reduction):
+  """Fit a constant u: at the minimum e^u is the mean square of an entry."""
+  x0, sde = jnp.zeros((4000, 3)), sde_lib.EDM()
+  loss = losses.ScoreMatching(
+    times=losses.Single(), eps=0.5, reduction=losses.REDUCTIONS[reduction]
+  )
+  half = lambda x, t: -0.4 * x / 40.0**2  # The score of data at 0 is -x / s^2.
+  value = lambda u: loss(
+    jax.random.key(0), half, sde, x0, lambda t: jnp.full_like(t, u)
+  ).mean()
+  slope = jax.grad(value)
+  np.testing.assert_allclose(slope(jnp.log(0.36)), 0, atol=0.03)
+  assert slope(jnp.log(0.3)) < -0.1 < 0.1 < slope(jnp.log(0.45))
+  plain = loss(jax.random.key(0), half, sde, x0).mean()
+  np.testing.assert_allclose(value(0.0), plain, rtol=1e-6)

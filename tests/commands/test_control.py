@@ -233,6 +233,47 @@ def test_classifier_trains_evaluates_guides_and_travels(
     control.load_classifier(experiment.build(config))
 
 
+def test_a_weaker_checkpoint_guides(workdir, tmp_path):
+  """With scale 1, or with itself, it is not guided; other weights guide."""
+
+  def images(**options):
+    options = {'scale': 3.0, **options}
+    config = get_config(
+      control__name='autoguidance',
+      **{f'control__{key}': value for key, value in options.items()},
+    )
+    model = experiment.build(config)
+    task = control.make_task(model, workdir)
+    sample = jax.jit(model.make_sample(4, guide=task.guide))
+    params = restore_ema(workdir, model.abstract_params())
+    return np.asarray(sample(params, jax.random.key(0), **task.shared).x)
+
+  model = experiment.build(get_config())
+  params = restore_ema(workdir, model.abstract_params())
+  other = tmp_path / 'other'
+  experiment.claim(model.config, other)
+  with Checkpoints(other, keep_every=1) as saved:
+    for step in (1, 2):
+      weaker = jax.tree.map(lambda v, s=step: s * v + 0.01 * s, params)
+      saved.save(step, {'params': params}, weaker)
+      saved.wait()
+  itself, plain = images(), images(scale=1.0)
+  np.testing.assert_allclose(itself, plain, atol=1e-3)
+  last = images(weak_workdir=str(other))
+  first = images(weak_workdir=str(other), weak_checkpoint=1)
+  assert np.abs(last - plain).max() > 0.01
+  assert np.abs(first - last).max() > 0.01
+  with pytest.raises(FileNotFoundError, match='weak_workdir=.* no config.json'):
+    images(weak_workdir=str(tmp_path / 'none'))
+  config = get_config(control__name='autoguidance', sde__sigma_max=9.0)
+  with pytest.raises(ValueError, match='weak_workdir=.* for other noise'):
+    control.make_task(experiment.build(config), workdir)
+  config = get_config(control__name='autoguidance', control__scale=2.0)
+  control.sample(config, workdir)
+  arrays, _ = results(workdir, 'autoguidance')
+  assert arrays['images'].shape == (20, 8, 8, 1)
+
+
 def test_a_network_told_the_class_makes_the_class():
   """It is trained on three classes of points; without a class it makes all."""
   config = base.compose(
