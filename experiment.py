@@ -36,6 +36,7 @@ import sde_lib
 from checkpoints import formats, workdir
 from configs import schema
 from data import datasets, pixels, toy
+from data.augment import LABELS, augment
 from models import score
 from models.uncertainty import LogVariance
 from runtime import options
@@ -125,7 +126,8 @@ class Experiment:
     quick = {'xla_backend_optimization_level': 0}
     return jax.jit(self._init, compiler_options=quick)(rng)
 
-  def _apply(self, params, x, cond, *label, dropout_rng=None):
+  def _apply(self, params, x, cond, *label, dropout_rng=None, augment=None):
+    told = {} if augment is None else {'augment': augment}
     rngs = None if dropout_rng is None else {'dropout': dropout_rng}
     return self.network.apply(
       {'params': self.network_params(params)},
@@ -134,9 +136,12 @@ class Experiment:
       *label,
       train=rngs is not None,
       rngs=rngs,
+      **told,
     )
 
-  def score_fn(self, params, *, continuous=False, dropout_rng=None):
+  def score_fn(
+    self, params, *, continuous=False, dropout_rng=None, augment=None
+  ):
     """Return score_fn(x, t) of the network with the given parameters.
 
     Args:
@@ -144,11 +149,14 @@ class Experiment:
       continuous: whether a network that was trained on the levels of DDPM's
         chain is used in continuous time, as ODEs and likelihoods need it.
       dropout_rng: key, in training; None in evaluation.
+      augment: labels of augmented images, [B, 9], in training.
     """
     sde, conditioning = self.sde, self.conditioning
     if continuous and isinstance(conditioning, score.DDPMLabel):
       sde, conditioning = sde.continuous, score.Time()
-    net = functools.partial(self._apply, params, dropout_rng=dropout_rng)
+    net = functools.partial(
+      self._apply, params, dropout_rng=dropout_rng, augment=augment
+    )
     return score.make_score_fn(net, sde, conditioning)
 
   def logits_fn(self, params):
@@ -197,7 +205,13 @@ class Experiment:
     label = batch['label']
     if self.is_classifier:
       return self.loss_fn(rng_loss, self.logits_fn(params), self.sde, x0, label)
-    score_fn = self.score_fn(params, dropout_rng=rng_dropout if train else None)
+    told = {}
+    if train and data.augment:
+      rng_augment = jax.random.fold_in(rng_data, 1)
+      x0, told['augment'] = augment(rng_augment, x0, data.augment)
+    if train:
+      told['dropout_rng'] = rng_dropout
+    score_fn = self.score_fn(params, **told)
     if self.num_labels:
       if train:
         share = self.config.training.label_dropout
@@ -445,6 +459,7 @@ def build(config) -> Experiment:
   datasets.Data(**data)
   owned = {'num_scales': num_scales, 'centered': data.centered}
   sde = options.build(sde_lib.SDES, config.sde, 'sde.name', **owned)
+  owned['augment_labels'] = LABELS if data.augment else 0
   owned['data_width'] = 2.0 if data.centered else 1.0
   table = models.MODELS | models.CLASSIFIERS
   network = options.build(table, config.model, 'model.name', **owned)
@@ -491,6 +506,12 @@ def _check(model):
   model.loss_fn.check(model.sde)
   _check_network(config)
   _check_attention(model)
+  if config.data.augment and not getattr(model.network, 'augment_labels', 0):
+    raise ValueError(
+      f'config.data.augment={config.data.augment} needs a network that can be '
+      f'told of it, not config.model.name={config.model.name!r}: use ncsnpp or '
+      'ddpm, or data.augment=0.'
+    )
   _trace_network(model)
   _check_times(model)
   if model.is_classifier:

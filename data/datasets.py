@@ -436,6 +436,12 @@ class Data(Options):
   random_flip: bool = option(
     True, 'Mirror training images left to right with probability 1/2.'
   )
+  augment: float = option(
+    0.0,
+    'Probability of each change of training images of which the network is '
+    'told (Karras et al. 2022, App. F.2), which include mirroring; 0 for none.',
+    '[0, 1]',
+  )
   uniform_dequantization: bool = option(
     False, 'Add uniform noise of one grey level to the images.'
   )
@@ -452,6 +458,11 @@ class Data(Options):
     super().__post_init__()
     if self.dataset in toy.DISTRIBUTIONS:
       _check_points(self)
+    if self.augment and self.random_flip:
+      raise ValueError(
+        f'data.augment={self.augment} mirrors images and tells the network of '
+        'it: set data.random_flip=False.'
+      )
 
 
 def load(config, split):

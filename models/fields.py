@@ -38,6 +38,13 @@ def num_labels():
   )
 
 
+def augment_labels():
+  """Return the field `augment_labels`, which the section `data` decides."""
+  return option(
+    0, 'Numbers that tell the network how an image was augmented.', given=True
+  )
+
+
 def embedding_type(default):
   """Return the field `embedding_type`."""
   return option(

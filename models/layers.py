@@ -292,6 +292,22 @@ def embed_noise(features, size, act):
   return nn.Dense(size, kernel_init=default_init())(act(h))
 
 
+def embed_augment(augment, num_labels, features):
+  """Return an embedding of augmentation labels, [B, F] as the features.
+
+  Call it in a compact method, whose module then owns AugmentEmbedding.
+
+  Args:
+    augment: labels [B, num_labels], or None for zeros.
+    num_labels: their number.
+    features: what the embedding is added to.
+  """
+  if augment is None:
+    augment = jnp.zeros((features.shape[0], num_labels))
+  size = features.shape[-1]
+  return nn.Dense(size, use_bias=False, name='AugmentEmbedding')(augment)
+
+
 def add_label(temb, label, num_labels):
   """Return the noise embedding [B, E] plus that of classes.
 

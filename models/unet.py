@@ -40,6 +40,7 @@ class UNet(nn.Module):
   )
   conditional: bool = fields.conditional()
   num_labels: int = fields.num_labels()
+  augment_labels: int = fields.augment_labels()
   nonlinearity: str = fields.nonlinearity('swish')
   centered: bool = fields.centered(True)
   dtype: str = fields.dtype()
@@ -64,13 +65,15 @@ class UNet(nn.Module):
     raise NotImplementedError
 
   @nn.compact
-  def __call__(self, x, cond, label=None, *, train):
+  def __call__(self, x, cond, label=None, augment=None, *, train):
     """Return the output of the network.
 
     Args:
       x: noisy images [B, H, W, C].
       cond: noise levels [B], as the embedding takes them.
       label: classes [B], for a class-conditional network; None for no class.
+      augment: [B, augment_labels], how the images were augmented; None for
+        zeros, images as they are.
       train: whether dropout is active; it draws from the stream 'dropout'.
 
     Returns:
@@ -92,6 +95,8 @@ class UNet(nn.Module):
     temb = None
     if self.conditional:
       features = self.noise_features(cond)
+      if self.augment_labels:
+        features += layers.embed_augment(augment, self.augment_labels, features)
       temb = layers.embed_noise(features, 4 * self.nf, act)
     if self.num_labels:
       temb = layers.add_label(temb, label, self.num_labels)

@@ -89,6 +89,7 @@ RELEASED = {
   'vp/ddpm/cifar10_continuous': (20, 0, 1000, 0.16, 128, 1300, 0.9999),
   'vp/ddpm/cifar10_unconditional': (20, 1000, 1000, 0.16, 128, 1300, 0.9999),
   'edm/cifar10_ddpmpp': (80, 0, 18, 0.16, 512, 390, 0.99929),
+  'edm/cifar10_ddpmpp_conditional': (80, 0, 18, 0.16, 512, 390, 0.99929),
   'edm/cifar10_ncsnpp': (80, 0, 18, 0.16, 512, 390, 0.99929),
 }
 
