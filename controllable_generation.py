@@ -60,7 +60,7 @@ class Limited(Scaled):
   """
 
   interval_low: float = option(
-    0.0, 'Guidance needs a noise level sigma / alpha above this.', '[0, inf]'
+    0.0, 'Guidance needs a noise level sigma / alpha above this.', '[0, inf)'
   )
   interval_high: float = option(
     math.inf, 'Guidance needs a noise level of at most this.', '[0, inf]'

@@ -181,7 +181,13 @@ class Experiment:
     )
 
   def loss(
-    self, params: PyTree, rng: Rng, batch: dict, *, train: bool = True
+    self,
+    params: PyTree,
+    rng: Rng,
+    batch: dict,
+    *,
+    train: bool = True,
+    fraction: Float[ArrayLike, ''] = 1.0,
   ) -> PerExample:
     """Return the loss of each example, [B].
 
@@ -193,6 +199,7 @@ class Experiment:
       batch: 'image', uint8 [B, H, W, C] or float points [B, D], and 'label',
         int [B].
       train: whether flips, dropout and dropout of labels are active.
+      fraction: share of the training that is done.
     """
     data = self.config.data
     rng_data, rng_loss, rng_dropout, rng_label = jax.random.split(rng, 4)
@@ -207,7 +214,7 @@ class Experiment:
       return self.loss_fn(rng_loss, self.logits_fn(params), self.sde, x0, label)
     told = {}
     if train and data.augment:
-      rng_augment = jax.random.fold_in(rng_data, 1)
+      rng_augment = jax.random.fold_in(rng_data, 2)  # 0, 1: its split
       x0, told['augment'] = augment(rng_augment, x0, data.augment)
     if train:
       told['dropout_rng'] = rng_dropout
@@ -223,7 +230,7 @@ class Experiment:
     if train and self.loss_fn.uncertainty:
       log_variance = functools.partial(self._log_variance, params)
     return self.loss_fn(
-      rng_loss, score_fn, self.sde, x0, log_variance, train=train
+      rng_loss, score_fn, self.sde, x0, log_variance, fraction, train=train
     )
 
   def _log_variance(self, params, t):

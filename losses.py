@@ -27,6 +27,7 @@ draw random directions or noise with the key rng.
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -530,6 +531,14 @@ class Objective(Options):
   num_keys = 3
   function: ClassVar[Callable]  # One of the functions above.
 
+  def check(self, sde: sde_lib.SDE) -> None:
+    """Raise ValueError if the objective does not suit the process."""
+
+  def at(self, fraction: Float[ArrayLike, '']) -> Callable:
+    """Return the objective at a fraction of the training, in [0, 1]."""
+    del fraction
+    return self
+
   def arguments(self, sde, t) -> dict[str, Any]:
     """Return the keyword arguments of the function at times t."""
     return {}
@@ -656,6 +665,75 @@ class FiniteDifference(Objective):
     return {'step': 0.1 * sde.marginal(t)[1]}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Consistency(Objective):
+  """Train a consistency function by ECT (Geng et al. 2024, arXiv 2406.14548).
+
+  The denoiser f(x, t) of EDM's conditioning is the identity at sigma = 0. With
+  the same noise at sigma and at a smaller level r, the loss is
+
+      (sqrt(|| f(x_sigma) - stopgrad f(x_r) ||^2 + c^2) - c) / (sigma - r),
+
+  r = sigma max(0, 1 - n(sigma) / q^a), n = 1 + k sigmoid(-b sigma), where a
+  goes from 1 to `ect_stages` in equal parts of the training. At first r is 0
+  at low noise, as in denoising, so it begins with a trained EDM model. The
+  weighting and the reduction have no effect.
+
+  Example:
+    >>> stage = Consistency().at(0.0)
+    >>> loss = ScoreMatching(objective=Consistency())
+  """
+
+  num_keys = 2
+
+  ect_q: float = option(
+    2.0, 'Factor q by which the gap of consistency shrinks.', '(1, inf)'
+  )
+  ect_stages: int = option(8, 'Stages in which it shrinks.', '[1, 1000]')
+  ect_k: float = option(
+    8.0, 'Further width k of the gap at low noise.', '[0, inf)'
+  )
+  ect_b: float = option(
+    1.0, 'Decay b of this width with the noise.', '[0, inf)'
+  )
+  ect_c: float = option(
+    0.0, 'Distance c below which the loss is quadratic.', '[0, inf)'
+  )
+
+  def check(self, sde):
+    _require_edm(sde, "training.objective='consistency'")
+
+  def at(self, fraction):
+    stage = jnp.floor(jnp.asarray(fraction) * self.ect_stages)
+    stage = 1 + jnp.minimum(stage, self.ect_stages - 1)
+    return functools.partial(self, gap=self.ect_q**-stage)
+
+  def earlier(self, sigma, gap):
+    """Return the levels r < sigma, for the gap q^-a."""
+    width = 1 + self.ect_k * jax.nn.sigmoid(-self.ect_b * sigma)
+    return sigma * jnp.maximum(0, 1 - gap * width)
+
+  def __call__(
+    self, rngs, score_fn, sde, x0, t, z, weight, *, weighting, reduction, gap
+  ):
+    del rngs, weighting, reduction
+    _, sigma = sde.marginal(t)
+    r = self.earlier(sigma, gap)
+
+    def f(sigma):
+      t = sigma / sde.sigma_max
+      x = sde.perturb(x0, t, z)
+      return sde.denoise(x, t, score_fn(x, t))
+
+    known = sde_lib.expand(r == 0, x0)  # There f is the data.
+    goal = f(jnp.where(r > 0, r, sigma))
+    goal = jax.lax.stop_gradient(jnp.where(known, x0, goal))
+    error = f(sigma) - goal
+    # The root has no gradient at 0.
+    distance = jnp.sqrt(_dot(error, error) + self.ect_c**2 + 1e-12)
+    return weight * (distance - self.ect_c) / (sigma - r)
+
+
 OBJECTIVES = {
   'denoising': Denoising,
   'explicit': Explicit,
@@ -663,6 +741,7 @@ OBJECTIVES = {
   'sliced': Sliced,
   'sliced_vr': SlicedVR,
   'finite_difference': FiniteDifference,
+  'consistency': Consistency,
 }
 
 
@@ -791,6 +870,7 @@ class ScoreMatching(Options):
     """Raise ValueError if a choice does not suit the process."""
     self.times.check(sde)
     self.weighting.check(sde)
+    self.objective.check(sde)
 
   def __call__(
     self,
@@ -799,6 +879,7 @@ class ScoreMatching(Options):
     sde: sde_lib.SDE,
     x0: Data,
     log_variance: Callable | None = None,
+    fraction: Float[ArrayLike, ''] = 1.0,
     *,
     train: bool = True,
   ) -> PerExample:
@@ -812,8 +893,9 @@ class ScoreMatching(Options):
       score_fn: score_fn(x, t) -> score, shaped as x.
       sde: forward process.
       x0: clean data in the model's range.
-      train: whether `noise` applies; test losses are of independent noise.
       log_variance: u(t) [B] of the learned uncertainty; None for L itself.
+      fraction: share of the training that is done, for 'consistency'.
+      train: whether `noise` applies; test losses are of independent noise.
 
     Raises:
       ValueError: a choice does not suit the process.
@@ -824,7 +906,7 @@ class ScoreMatching(Options):
     z = jax.random.normal(rng_z, x0.shape)
     if train and self.noise is not independent:
       z = z[self.noise(x0, z)]
-    value = self.objective(
+    value = self.objective.at(fraction)(
       rngs,
       score_fn,
       sde,

@@ -27,7 +27,7 @@ from jaxtyping import Float, PyTree
 
 import experiment
 import optimization
-from checkpoints.workdir import Checkpoints, average_item
+from checkpoints.workdir import Checkpoints, average_item, restore_ema
 from data import batches as batching
 from data import datasets, record
 from reporting import pictures
@@ -88,7 +88,11 @@ def make_init(model, layout):
     return TrainState(zeros, params, opt_state, ema, averages)
 
   def place():
-    params = model.init_params(jax.random.key(model.config.seed))
+    begin = model.config.training.begin_with
+    if begin:
+      params = restore_ema(begin, model.abstract_params())
+    else:
+      params = model.init_params(jax.random.key(model.config.seed))
     # Made on the devices by jit: device_put may alias, and an alias of a
     # donated buffer would be deleted with it.
     return jax.jit(init, out_shardings=state_shardings(model, layout))(params)
@@ -156,12 +160,13 @@ def make_one_step(model, layout, unrolled):
     split = lambda grads: constrain(grads, shardings.params)
     keep = lambda state: constrain(state, shardings)
 
-  def mean_loss(params, rng, batch):
-    return jnp.mean(model.loss(params, rng, batch))
-
-  gradient = _mean_gradient(mean_loss, training.grad_accumulation, unrolled)
-
   def one_step(state, batch):
+    fraction = state.step / max(training.n_iters, 1)
+
+    def mean_loss(params, rng, batch):
+      return jnp.mean(model.loss(params, rng, batch, fraction=fraction))
+
+    gradient = _mean_gradient(mean_loss, training.grad_accumulation, unrolled)
     rng = jax.random.fold_in(base_rng, state.step)
     loss, grads = gradient(gather(state.params), rng, batch)
     updates, opt_state = model.optimizer.update(

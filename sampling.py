@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from runtime.options import option
-from solvers import adaptive_sde, base, langevin, ode, plans
+from solvers import adaptive_sde, base, consistency, langevin, ode, plans
 from solvers.predictors import CORRECTORS, PREDICTORS
 
 
@@ -128,4 +128,5 @@ SAMPLERS = {
   'dpmpp_3s': plans.DPMpp3S,
   'unipc': plans.UniPC,
   'sde_dpmpp': plans.SDEDPMpp,
+  'consistency': consistency.Consistency,
 }

@@ -82,6 +82,11 @@ class Training(Options):
     128, 'Examples of a step, on all devices together.', POSITIVE
   )
   n_iters: int = option(1_300_000, 'Training steps.', OR_NEVER)
+  begin_with: str = option(
+    '',
+    'Workdir of a run of the same network, whose averaged weights a new run '
+    "begins with; '' for random weights.",
+  )
   allow_other_data: bool = option(
     False, 'Whether a run may be resumed with other images than before.'
   )

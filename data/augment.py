@@ -76,14 +76,14 @@ def _rotation(angle):
 
 def _draw(rng, batch, share):
   """Return the parameters of the maps, {name: [B]}, 0 for those not drawn."""
-  names = ('scale', 'angle', 'stretch', 'axis', 'right', 'down')
+  names = ('chosen', 'scale', 'angle', 'stretch', 'axis', 'right', 'down')
   keys = dict(zip(names, jax.random.split(rng, len(names)), strict=True))
   normal = lambda name: jax.random.normal(keys[name], (batch,))
   turn = lambda name: jax.random.uniform(
     keys[name], (batch,), minval=-math.pi, maxval=math.pi
   )
   *chosen, tilted = jax.random.uniform(
-    jax.random.fold_in(rng, 1), (5, batch)
+    keys['chosen'], (5, batch)
   ) < jnp.asarray([share, share, share, share, 0.5]).reshape(5, 1)
   use = lambda which, value: jnp.where(which, value, 0.0)
   return {
