@@ -90,7 +90,14 @@ def make_init(model, layout):
   def place():
     begin = model.config.training.begin_with
     if begin:
+      if not (pathlib.Path(begin) / 'config.json').is_file():
+        raise FileNotFoundError(
+          f'config.training.begin_with={begin!r} has no config.json: name the '
+          'workdir of a trained run.'
+        )
+      # Every host has them all, as arrays of no device.
       params = restore_ema(begin, model.abstract_params())
+      params = jax.tree.map(np.asarray, params)
     else:
       params = model.init_params(jax.random.key(model.config.seed))
     # Made on the devices by jit: device_put may alias, and an alias of a

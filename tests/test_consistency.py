@@ -152,3 +152,6 @@ def test_a_run_begins_with_the_weights_of_another(tmp_path):
   like = experiment.build(config).abstract_params()
   first, second = (restore_ema(tmp_path / n, like) for n in ('first', 'second'))
   jax.tree.map(np.testing.assert_array_equal, first, second)
+  config.training.begin_with = str(tmp_path / 'none')
+  with pytest.raises(FileNotFoundError, match='begin_with=.* no config.json'):
+    run_lib.train(config, tmp_path / 'third')
