@@ -201,7 +201,7 @@ def make_train_steps(model, layout):
   # inside a loop: there, the loops are Python's.
   shapes = jax.tree.leaves(model.abstract_params())
   convolves = any(shape.ndim > 2 for shape in shapes)
-  unrolled = convolves and jax.default_backend() == 'cpu'
+  unrolled = convolves and layout.platform == 'cpu'
   one_step = make_one_step(model, layout, unrolled)
   shardings = state_shardings(model, layout)
 

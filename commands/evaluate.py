@@ -112,11 +112,11 @@ def loss_evaluator(model, test_set, layout) -> Evaluator:
 STRETCH = 5
 
 
-def _compile_bits(model, layout):
-  """Return compute(params, rng, image, report) -> (bits, error, found).
+def jit_bits(model, layout):
+  """Return (begin, proceed), the programs of a likelihood in stretches.
 
-  What it computes is `Experiment.bits_per_dim`, in stretches. Between two of
-  them report(t, nfe) is called with the time that was reached.
+  Both are called with (params, rng, image, state), where the state is None for
+  `begin`, and return (bits, error, found, done, state).
   """
   whole, split = layout.replicated, layout.split
   y = split, layout.one_step
@@ -131,7 +131,7 @@ def _compile_bits(model, layout):
     state, found = found.state, found._replace(state=None, z=None)
     return bits, error, found, ode.arrived_or_stuck(state, 1.0), state
 
-  begin, proceed = (
+  return tuple(
     jax.jit(
       stretch,
       in_shardings=(whole, None, split, start),
@@ -139,6 +139,15 @@ def _compile_bits(model, layout):
     )
     for start in (None, state)
   )
+
+
+def _compile_bits(model, layout):
+  """Return compute(params, rng, image, report) -> (bits, error, found).
+
+  What it computes is `Experiment.bits_per_dim`, in stretches. Between two of
+  them report(t, nfe) is called with the time that was reached.
+  """
+  begin, proceed = jit_bits(model, layout)
 
   def compute(params, rng, image, report):
     *found, done, state = begin(params, rng, image, None)

@@ -143,6 +143,25 @@ def batch_size(config, count: int) -> int:
   return size
 
 
+def jit_sample(model, layout, size, guide=None, frames=0, split=False):
+  """Return make(params, rng, rows, shared) -> Samples; see `draw`."""
+  sample = model.make_sample(size, guide=guide, frames=frames)
+  everywhere = layout.replicated
+  return jax.jit(
+    lambda params, rng, rows, shared: sample(params, rng, **rows, **shared),
+    in_shardings=(everywhere, None, layout.split, everywhere),
+    out_shardings=Samples(
+      x=layout.split if split else everywhere,
+      nfe=everywhere,
+      success=everywhere,
+      frames=everywhere,
+      times=everywhere,
+      not_finite_at=everywhere,
+      label=layout.split if split else everywhere,
+    ),
+  )
+
+
 def draw(
   run: Run,
   count: int,
@@ -173,21 +192,7 @@ def draw(
     FloatingPointError: the solver did not arrive, or samples diverged.
   """
   layout, rows = run.layout, rows or {}
-  sample = run.model.make_sample(size, guide=guide, frames=frames)
-  everywhere = layout.replicated
-  make = jax.jit(
-    lambda params, rng, rows, shared: sample(params, rng, **rows, **shared),
-    in_shardings=(everywhere, None, layout.split, everywhere),
-    out_shardings=Samples(
-      x=layout.split if split else everywhere,
-      nfe=everywhere,
-      success=everywhere,
-      frames=everywhere,
-      times=everywhere,
-      not_finite_at=everywhere,
-      label=layout.split if split else everywhere,
-    ),
-  )
+  make = jit_sample(run.model, layout, size, guide, frames, split)
 
   def spread(v):
     return jax.make_array_from_callback(v.shape, layout.split, v.__getitem__)

@@ -3,7 +3,7 @@
 import math
 import os
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -27,10 +27,23 @@ class Layout(typing.NamedTuple):
   one_step: NamedSharding
   microbatches: NamedSharding
 
+  @property
+  def platform(self) -> str:
+    """Return what the devices are: 'cpu', 'gpu' or 'tpu'."""
+    return self.split.mesh.devices.flat[0].platform
 
-def make_layout() -> Layout:
-  """Return the shardings over the 1-D mesh of all devices of all hosts."""
-  mesh = jax.make_mesh((jax.device_count(),), ('data',), (AxisType.Auto,))
+
+def make_layout(devices: Sequence[jax.Device] | None = None) -> Layout:
+  """Return the shardings over the 1-D mesh of all devices of all hosts.
+
+  Args:
+    devices: devices to use instead, such as those that `benchmarks.compile`
+      compiles for.
+  """
+  devices = jax.devices() if devices is None else devices
+  mesh = jax.make_mesh(
+    (len(devices),), ('data',), (AxisType.Auto,), devices=devices
+  )
   return Layout(
     NamedSharding(mesh, P()),
     NamedSharding(mesh, P('data')),
@@ -39,14 +52,15 @@ def make_layout() -> Layout:
   )
 
 
-def check_divisible(batch_size, key):
+def check_divisible(batch_size, key, devices=None):
   """Raise ValueError unless the devices divide the batch evenly.
 
   Args:
     batch_size: number of examples in a batch, over all hosts.
     key: name of the option that sets it, for the error message.
+    devices: number of devices; all of all hosts by default.
   """
-  devices = jax.device_count()
+  devices = devices or jax.device_count()
   if batch_size % devices:
     better = math.ceil(batch_size / devices) * devices
     raise ValueError(

@@ -23,7 +23,13 @@ import experiment
 import run_lib
 from checkpoints.workdir import Checkpoints
 from data import datasets
-from runtime.devices import bytes_per_device, make_layout, replicated, to_global
+from runtime.devices import (
+  Layout,
+  bytes_per_device,
+  make_layout,
+  replicated,
+  to_global,
+)
 from runtime.progress import Log
 from solvers.base import Samples
 from tests import tiny
@@ -490,7 +496,7 @@ def take_steps(
   )
   with monkeypatch.context() as patch:
     if scan:
-      patch.setattr(jax, 'default_backend', lambda: 'gpu')
+      patch.setattr(Layout, 'platform', 'gpu')
     train_steps = run_lib.make_train_steps(model, layout)
   state = run_lib.TrainState(
     jnp.zeros((), jnp.int32),
