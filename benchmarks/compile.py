@@ -23,8 +23,8 @@ the compiled program executes, per training step.
 
 Without the device the compiler cannot try out kernels (autotuning), so that
 memory and numbers of kernels are meaningful but say little about speed.
-TPU programs are compiled with the least effort, which takes a fifth of the time
-and plans somewhat more temporary memory than `--full_effort`.
+Programs are compiled with the least effort. On TPUs this takes a fifth of the
+time, and plans somewhat more temporary memory, than with `--full_effort`.
 
 With `--kernels` it also prints what the kernels do and where they come from.
 """
@@ -59,7 +59,7 @@ flags.DEFINE_list(
   'programs', ['train', 'sample', 'likelihood'], 'Which programs to compile.'
 )
 flags.DEFINE_bool('kernels', False, 'Print what the kernels do.')
-flags.DEFINE_bool('full_effort', False, 'Compile TPU programs as for a run.')
+flags.DEFINE_bool('full_effort', False, 'Compile as for a run on the device.')
 flags.DEFINE_float('memory_gib', 0, "Memory of a device; 0 for the chip's.")
 flags.DEFINE_string('hlo', '', 'Folder to write the compiled programs in.')
 flags.DEFINE_string('table', '', 'JSON file to complete; prints its table.')
@@ -75,6 +75,13 @@ MEMORY_GIB = {
   'v6e': 31.25,
   'h100': 0.75 * 84942979072 / GIB,
 }
+# Machine code that does not run needs no effort; the same kernels are called.
+GPU_OPTIONS = {
+  'xla_gpu_autotune_level': 0,
+  'xla_gpu_disable_gpuasm_optimizations': True,
+  'xla_llvm_disable_expensive_passes': True,
+  'xla_backend_optimization_level': 0,
+}
 LEAST_EFFORT = {
   'exec_time_optimization_effort': -1.0,
   'memory_fitting_effort': -1.0,
@@ -87,18 +94,18 @@ _256 = 'configs/ve/ffhq_256_ncsnpp_continuous.py'
 _1024 = 'configs/ve/ffhq_ncsnpp_continuous.py'
 _BF16 = '--config.model.dtype=bfloat16'
 TABLE = (
-  (_DDPMPP, 'h100:1x1x1'),
   (_DDPMPP, 'h100:1x1x1', _BF16),
-  (_DDPMPP, 'h100:1x1x8', _BF16, '--batch_size=1024'),
-  (_NCSNPP, 'h100:1x1x1'),
-  (_DEEP, 'h100:1x1x8', _BF16),
-  (_256, 'h100:1x1x8'),
-  (_256, 'h100:1x8x8', _BF16),
+  (_DDPMPP, 'v5e:4x4', _BF16, '--batch_size=1024'),
   (_1024, 'h100:1x1x8'),
-  (_1024, 'h100:1x1x8', _BF16),
-  (_DDPMPP, 'v5e:4x4', _BF16),
+  (_256, 'h100:1x1x8'),
   (_NCSNPP, 'v4:2x2x2'),
-  (_256, 'v6e:8x8', _BF16),
+  (_DDPMPP, 'h100:1x8x8', _BF16, '--batch_size=4096'),
+  (_256, 'v6e:4x4', _BF16),
+  (_NCSNPP, 'h100:1x1x1'),
+  (_1024, 'h100:1x1x8', _BF16),
+  (_256, 'h100:1x1x8', _BF16),
+  (_DEEP, 'h100:1x1x8', _BF16),
+  (_DDPMPP, 'v5p:4x4x4', _BF16, '--batch_size=1024'),
 )
 
 
@@ -227,15 +234,14 @@ def measure(name: str, model, layout, full_effort: bool):
     name: of `PROGRAMS`.
     model: an Experiment.
     layout: of the devices to compile for.
-    full_effort: whether TPU programs are compiled as for a run.
+    full_effort: whether programs are compiled as for a run.
 
   Raises:
     MemoryError: the compiler says that the program does not fit.
   """
   function, arguments, steps = PROGRAMS[name](model, layout)
-  options = {'xla_gpu_autotune_level': 0}
-  if layout.platform == 'tpu':
-    options = {} if full_effort else LEAST_EFFORT
+  options = {'gpu': GPU_OPTIONS, 'tpu': LEAST_EFFORT}.get(layout.platform)
+  options = None if full_effort else options
   traced = function.trace(*arguments)
   flops = count_flops(traced.jaxpr) / steps
   begun = time.monotonic()
@@ -249,7 +255,8 @@ def measure(name: str, model, layout, full_effort: bool):
   memory, text = compiled.memory_analysis(), compiled.as_text()
   outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
   total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs
-  found = hlo.collectives(hlo.Program(text))
+  program = hlo.Program(text)
+  found, kinds = hlo.collectives(program), hlo.kernels(program)
   return {
     'arguments_mib': memory.argument_size_in_bytes / 2**20,
     'temporaries_mib': memory.temp_size_in_bytes / 2**20,
@@ -259,6 +266,7 @@ def measure(name: str, model, layout, full_effort: bool):
       kind: {'number': number / steps, 'mib': size / steps / 2**20}
       for kind, (number, size) in found.items()
     },
+    'kernels': {group['kind']: group['number'] / steps for group in kinds},
     'compile_seconds': seconds,
   }, text
 
@@ -333,7 +341,8 @@ def report(config, topology):
       path = pathlib.Path(FLAGS.hlo) / f'{name}.hlo'
       path.parent.mkdir(parents=True, exist_ok=True)
       path.write_text(text)
-  print(json.dumps({'devices': count, 'jax': jax.__version__, **facts}))
+  facts = {'devices': count, 'jax': jax.__version__} | facts
+  print(json.dumps(facts))
   return fits
 
 
@@ -354,6 +363,8 @@ def make_table(path):
     if key not in rows:
       command = ['-m', 'benchmarks.compile', '--programs=train', *rest]
       command += [f'--config={config}', f'--topology={topology}']
+      if FLAGS.hlo:
+        command.append(f'--hlo={FLAGS.hlo}/{len(rows)}')
       done = subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, check=False
       )

@@ -158,6 +158,22 @@ def test_clipping_is_by_global_norm():
   np.testing.assert_allclose([mu['a'][0], mu['b'][0]], [0.06, 0.08], rtol=1e-5)
 
 
+@pytest.mark.parametrize('largest', [1.0, 1e3])
+def test_clipping_is_that_of_optax(largest):
+  """The numbers are the same, and the sums for GPUs add up to the same norm."""
+  shapes = (3, 3, 8, 16), (16,), (7, 5), ()
+  keys = jax.random.split(jax.random.key(0), len(shapes))
+  grads = [jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)]
+  ours, theirs = (
+    jax.jit(lambda grads, clip=clip: clip.update(grads, clip.init(grads))[0])
+    for clip in (optimization.clip_by_norm(largest), optax.clip_by_global_norm(largest))
+  )
+  jax.tree.map(np.testing.assert_array_equal, ours(grads), theirs(grads))
+  norm = optax.tree.norm(grads)
+  np.testing.assert_allclose(optimization._few_sums(grads), norm, rtol=1e-6)
+  assert 1.0 < norm < 1e3
+
+
 def test_ema_decay():
   assert optimization.ema_decay(1, rate=0.999, warmup=False) == 0.999
   np.testing.assert_allclose(
