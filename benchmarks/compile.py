@@ -361,8 +361,8 @@ def make_table(path):
   for config, topology, *rest in TABLE:
     key = ' '.join((config, topology, *rest))
     if key not in rows:
-      command = ['-m', 'benchmarks.compile', '--programs=train', *rest]
-      command += [f'--config={config}', f'--topology={topology}']
+      command = ['-m', 'benchmarks.compile', f'--config={config}', *rest]
+      command += [f'--topology={topology}', '--programs=train']
       if FLAGS.hlo:
         command.append(f'--hlo={FLAGS.hlo}/{len(rows)}')
       done = subprocess.run(
