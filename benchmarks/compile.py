@@ -314,7 +314,7 @@ def report(config, topology):
   facts, fits = {}, True
   for name in FLAGS.programs:
     batch = training.batch_size if name == 'train' else config.eval.batch_size
-    print(f'{name}, batch {batch} on {count} x {topology}', flush=True)
+    print(f'{name}, batch {batch} on {topology}', flush=True)
     steps = training.n_jitted_steps if name == 'train' else 1
     try:
       found, text = measure(name, model, layout, FLAGS.full_effort)
@@ -374,16 +374,22 @@ def make_table(path):
         raise ValueError(f'{key}: {reason}')
       rows[key] = json.loads(lines[-1])
       write_json(path, rows)
-  print(
+  print(table(rows))
+
+
+def table(rows):
+  """Return the rows of `TABLE` as Markdown, for docs/scaling.md."""
+  lines = [
     '| config | devices | batch | arguments + temporaries, MiB | of usable '
-    '| TFLOP a device | collectives of a step |\n|---|---|---|---|---|---|---|'
-  )
+    '| TFLOP a device | collectives of a step |',
+    '|---|---|---|---|---|---|---|',
+  ]
   for config, topology, *rest in TABLE:
     row = rows[' '.join((config, topology, *rest))]
     found, chip = row['train'], topology.partition(':')[0]
     name = config.removeprefix('configs/').removesuffix('.py')
-    name += ', bf16' if _BF16 in rest else ''
-    cells = [f'`{name}`', topology, found['batch']]
+    name = f'`{name}`' + (', bf16' if _BF16 in rest else '')
+    cells = [name, topology, found['batch']]
     if 'error' in found:
       cells += ['does not fit', '', '', '']
     else:
@@ -394,7 +400,8 @@ def make_table(path):
         f'{found["tflop"] / row["devices"]:.3g}',
         _collectives(found),
       ]
-    print('| ' + ' | '.join(map(str, cells)) + ' |')
+    lines.append('| ' + ' | '.join(map(str, cells)) + ' |')
+  return '\n'.join(lines)
 
 
 def main(argv):

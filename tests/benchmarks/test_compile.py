@@ -1,5 +1,7 @@
 """Ahead-of-time compilation: what is read from programs, without plugins."""
 
+import json
+import pathlib
 import subprocess
 import sys
 
@@ -148,3 +150,12 @@ def test_without_the_compiler(monkeypatch, topology, needed):
 def test_unknown_topology():
   with pytest.raises(ValueError, match='a100.*CHIP:SHAPE.*v5e'):
     compiling.devices_of('a100:1x1x8')
+
+
+def test_the_table_is_that_of_the_measurements():
+  root = pathlib.Path(compiling.__file__).parents[1]
+  rows = json.loads((root / 'benchmarks' / 'compile.json').read_text())
+  page = (root / 'docs' / 'scaling.md').read_text()
+  assert compiling.table(rows) in page
+  for config, *_ in compiling.TABLE:
+    assert (root / config).is_file()
