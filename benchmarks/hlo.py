@@ -60,12 +60,6 @@ class Instruction:
     return [name for text in found for name in re.findall(r'[\w.\-]+', text)]
 
   @property
-  def trips(self) -> int:
-    """Number of times that a loop runs; 1 if unknown."""
-    found = _TRIPS.search(self.rest)
-    return int(found[1]) if found else 1
-
-  @property
   def source(self) -> str:
     """Name of the operation in the model that it comes from, or ''."""
     found = re.search(r'op_name="([^"]*)"', self.rest)
@@ -125,8 +119,28 @@ class Program:
       yield instruction, times
       if instruction.opcode in inner:
         for name in instruction.called:
-          again = times * instruction.trips
+          again = times * self.trips(instruction)
           yield from self.executed(fused, name, again)
+
+  def trips(self, instruction: Instruction) -> int:
+    """Return how often a loop runs; 1 if that is unknown, or for no loop."""
+    if found := _TRIPS.search(instruction.rest):
+      return int(found[1])
+    # Compilers for TPUs do not say it. JAX counts from 0 while i < n.
+    name = re.search(r'condition=%?([\w.\-]+)', instruction.rest)
+    condition = (
+      {i.opcode: i for i in self.computations[name[1]]} if name else {}
+    )
+    if set(condition) == {
+      'parameter',
+      'get-tuple-element',
+      'constant',
+      'compare',
+    }:
+      found = re.match(r'(\d+)\)', condition['constant'].rest)
+      if found and 'direction=LT' in condition['compare'].rest:
+        return int(found[1])
+    return 1
 
   def opcodes(self, instruction: Instruction) -> set[str]:
     """Return the opcodes of an instruction, or of all that it fuses."""

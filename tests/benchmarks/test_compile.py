@@ -87,6 +87,23 @@ print(f.lower(jax.ShapeDtypeStruct((16, 3), jnp.float32)).compile().as_text())
 """
 
 
+def test_rounds_of_a_loop_of_a_tpu():
+  """They are in the condition only."""
+  lines = """
+  %c = s32[]{:T(128)} constant(3)
+  %i = s32[]{:T(128)} get-tuple-element(%arg), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %c), direction=LT"""
+  text = TEXT.replace('"known_trip_count":{"n":"3"}', '')
+  assert hlo.collectives(hlo.Program(text))['all-reduce'][0] == 1
+  text = text.replace('\n  ROOT %lt = pred[] constant(true)', lines)
+  text = text.replace(
+    '%condition (arg: (s32[], f32[8,4])) -> pred[] {',
+    '%condition (arg: (s32[], f32[8,4])) -> pred[] {\n'
+    '  %arg = (s32[], f32[8,4]) parameter(0)',
+  )
+  assert hlo.collectives(hlo.Program(text))['all-reduce'][0] == 3
+
+
 def test_collectives_of_eight_devices():
   """A sum over all devices in a loop, and an array sent to all of them."""
   done = subprocess.run(
