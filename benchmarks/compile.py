@@ -51,18 +51,27 @@ from commands import evaluate, trained
 from runtime.devices import check_divisible, make_layout
 from runtime.files import write_json
 
-FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file('config', None, 'A file of configs/.')
-flags.DEFINE_string('topology', '', 'Such as v5e:4x4 or h100:1x1x8.')
-flags.DEFINE_integer('batch_size', 0, 'Examples at a time, on all devices.')
-flags.DEFINE_list(
-  'programs', ['train', 'sample', 'likelihood'], 'Which programs to compile.'
+FLAGS = flags.FlagValues()
+flags.DEFINE_flag(app.HelpFlag(), flag_values=FLAGS)
+config_flags.DEFINE_config_file(
+  'config', None, 'A file of configs/.', flag_values=FLAGS
 )
-flags.DEFINE_bool('kernels', False, 'Print what the kernels do.')
-flags.DEFINE_bool('full_effort', False, 'Compile as for a run on the device.')
-flags.DEFINE_float('memory_gib', 0, "Memory of a device; 0 for the chip's.")
-flags.DEFINE_string('hlo', '', 'Folder to write the compiled programs in.')
-flags.DEFINE_string('table', '', 'JSON file to complete; prints its table.')
+for define, name, default, meaning in (
+  (flags.DEFINE_string, 'topology', '', 'Such as v5e:4x4 or h100:1x1x8.'),
+  (flags.DEFINE_integer, 'batch_size', 0, 'Examples at a time, in all.'),
+  (
+    flags.DEFINE_list,
+    'programs',
+    'train,sample,likelihood',
+    'What to compile.',
+  ),
+  (flags.DEFINE_bool, 'kernels', False, 'Print what the kernels do.'),
+  (flags.DEFINE_bool, 'full_effort', False, 'Compile as for a run.'),
+  (flags.DEFINE_float, 'memory_gib', 0, "Usable memory, in place of a chip's."),
+  (flags.DEFINE_string, 'hlo', '', 'Folder to write the programs in.'),
+  (flags.DEFINE_string, 'table', '', 'JSON file to complete and print.'),
+):
+  define(name, default, meaning, flag_values=FLAGS)
 
 GIB = 2**30
 TARGET = pathlib.Path(__file__).parent / 'h100_target.txtpb'
@@ -404,6 +413,12 @@ def table(rows):
   return '\n'.join(lines)
 
 
+def parse(argv):
+  """Return the arguments that are no flags."""
+  flags.FLAGS(argv[:1])  # Flags of this program are apart from those of main.
+  return FLAGS(argv)
+
+
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'Unknown argument {argv[1]!r}.')
@@ -420,4 +435,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  app.run(main)
+  app.run(main, flags_parser=parse)

@@ -164,6 +164,17 @@ def test_without_the_compiler(monkeypatch, topology, needed):
     compiling.devices_of(topology)
 
 
+@pytest.mark.parametrize(('memory_gib', 'fits'), [(1, True), (1e-6, False)])
+def test_what_does_not_fit(monkeypatch, capsys, memory_gib, fits):
+  config = rings_vp.get_config()
+  monkeypatch.setattr(compiling, 'devices_of', lambda name: jax.devices())
+  compiling.FLAGS(['', f'--memory_gib={memory_gib}', '--programs=train'])
+  assert compiling.report(config, 'h100:1x1x1') == fits
+  *printed, facts = capsys.readouterr().out.splitlines()
+  assert json.loads(facts)['train']['fits'] == fits
+  assert ('DOES NOT FIT' in '\n'.join(printed)) != fits
+
+
 def test_unknown_topology():
   with pytest.raises(ValueError, match='a100.*CHIP:SHAPE.*v5e'):
     compiling.devices_of('a100:1x1x8')
