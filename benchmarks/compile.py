@@ -66,7 +66,7 @@ for define, name, default, meaning in (
     'What to compile.',
   ),
   (flags.DEFINE_bool, 'kernels', False, 'Print what the kernels do.'),
-  (flags.DEFINE_bool, 'full_effort', False, 'Compile as for a run.'),
+  (flags.DEFINE_bool, 'full_effort', False, 'For TPUs, compile as for a run.'),
   (flags.DEFINE_float, 'memory_gib', 0, "Usable memory, in place of a chip's."),
   (flags.DEFINE_string, 'hlo', '', 'Folder to write the programs in.'),
   (flags.DEFINE_string, 'table', '', 'JSON file to complete and print.'),
@@ -84,14 +84,14 @@ MEMORY_GIB = {
   'v6e': 31.25,
   'h100': 0.75 * 84942979072 / GIB,
 }
-# Machine code that does not run needs no effort; the same kernels are called.
+# Machine code that does not run needs no effort; the kernels are the same.
 GPU_OPTIONS = {
   'xla_gpu_autotune_level': 0,
   'xla_gpu_disable_gpuasm_optimizations': True,
   'xla_llvm_disable_expensive_passes': True,
   'xla_backend_optimization_level': 0,
 }
-LEAST_EFFORT = {
+TPU_OPTIONS = {
   'exec_time_optimization_effort': -1.0,
   'memory_fitting_effort': -1.0,
 }
@@ -111,6 +111,7 @@ TABLE = (
   (_DDPMPP, 'h100:1x8x8', _BF16, '--batch_size=4096'),
   (_256, 'v6e:4x4', _BF16),
   (_NCSNPP, 'h100:1x1x1'),
+  (_1024, 'v5e:2x4', _BF16),
   (_1024, 'h100:1x1x8', _BF16),
   (_256, 'h100:1x1x8', _BF16),
   (_DEEP, 'h100:1x1x8', _BF16),
@@ -243,14 +244,15 @@ def measure(name: str, model, layout, full_effort: bool):
     name: of `PROGRAMS`.
     model: an Experiment.
     layout: of the devices to compile for.
-    full_effort: whether programs are compiled as for a run.
+    full_effort: whether TPU programs are compiled as for a run.
 
   Raises:
     MemoryError: the compiler says that the program does not fit.
   """
   function, arguments, steps = PROGRAMS[name](model, layout)
-  options = {'gpu': GPU_OPTIONS, 'tpu': LEAST_EFFORT}.get(layout.platform)
-  options = None if full_effort else options
+  options = {'gpu': GPU_OPTIONS, 'tpu': TPU_OPTIONS}.get(layout.platform)
+  if full_effort and layout.platform == 'tpu':
+    options = None
   traced = function.trace(*arguments)
   flops = count_flops(traced.jaxpr) / steps
   begun = time.monotonic()
@@ -301,58 +303,71 @@ def print_kernels(text, steps):
       print(f'  {number / steps:20.0f}      {source}')
 
 
-def report(config, topology):
-  """Compile the programs, print their facts; return whether all fit."""
+def _batches(config, count):
+  """Return {program: examples at a time} of the programs to compile."""
   if FLAGS.batch_size:
     with config.unlocked():
       config.training.batch_size = FLAGS.batch_size
       config.eval.batch_size = FLAGS.batch_size
-  model = experiment.build(config)
-  training = config.training
-  layout = make_layout(devices_of(topology))
-  count = layout.split.mesh.size
-  parts = training.batch_size // training.grad_accumulation
-  batches = {'train': parts}
+  training, batches = config.training, {}
   for name in FLAGS.programs:
     if name not in PROGRAMS:
       raise ValueError(
         f'--programs has {name!r}, which is none of {", ".join(PROGRAMS)}.'
       )
-    check_divisible(batches.get(name, config.eval.batch_size), name, count)
+    if name == 'train':
+      batches[name] = training.batch_size
+      parts = training.batch_size // training.grad_accumulation
+      check_divisible(
+        parts, 'The training batch (divided by grad_accumulation)', count
+      )
+    else:
+      batches[name] = config.eval.batch_size
+      check_divisible(batches[name], 'config.eval.batch_size', count)
+  return batches
+
+
+def _print_facts(found, count, usable):
+  print(
+    f'  memory of a device: {found["arguments_mib"]:.0f} MiB arguments + '
+    f'{found["temporaries_mib"]:.0f} MiB temporaries, at most '
+    f'{found["peak_mib"]:.0f} of {usable * 1024:.0f} MiB: '
+    f'{"fits" if found["fits"] else "DOES NOT FIT"}\n'
+    f'  operations: {found["tflop"]:.3g} TFLOP, '
+    f'{found["tflop"] / count:.3g} on a device\n'
+    f'  collectives: {_collectives(found)}\n'
+    f'  compiled in {found["compile_seconds"]:.0f} s'
+  )
+
+
+def report(config, topology):
+  """Compile the programs, print their facts; return whether all fit."""
+  layout = make_layout(devices_of(topology))
+  count = layout.split.mesh.size
+  batches = _batches(config, count)
+  model = experiment.build(config)
   usable = FLAGS.memory_gib or MEMORY_GIB[topology.partition(':')[0]]
-  facts, fits = {}, True
-  for name in FLAGS.programs:
-    batch = training.batch_size if name == 'train' else config.eval.batch_size
+  facts = {'devices': count, 'jax': jax.__version__}
+  for name, batch in batches.items():
     print(f'{name}, batch {batch} on {topology}', flush=True)
-    steps = training.n_jitted_steps if name == 'train' else 1
+    facts[name] = {'batch': batch, 'fits': False}
     try:
       found, text = measure(name, model, layout, FLAGS.full_effort)
     except MemoryError as error:
-      print(f'  does not fit: {error}')
-      facts[name], fits = {'batch': batch, 'error': str(error)}, False
+      print(f'  DOES NOT FIT: {error}')
+      facts[name]['error'] = str(error)
       continue
-    fits_here = found['peak_mib'] <= usable * 1024
-    facts[name] = {'batch': batch, 'fits': fits_here} | found
-    fits = fits and fits_here
-    print(
-      f'  memory of a device: {found["arguments_mib"]:.0f} MiB arguments + '
-      f'{found["temporaries_mib"]:.0f} MiB temporaries, at most '
-      f'{found["peak_mib"]:.0f} of {usable * 1024:.0f} MiB: '
-      f'{"fits" if fits_here else "DOES NOT FIT"}\n'
-      f'  operations: {found["tflop"]:.3g} TFLOP, '
-      f'{found["tflop"] / count:.3g} on a device\n'
-      f'  collectives: {_collectives(found)}\n'
-      f'  compiled in {found["compile_seconds"]:.0f} s'
-    )
+    facts[name] |= found | {'fits': found['peak_mib'] <= usable * 1024}
+    _print_facts(facts[name], count, usable)
     if FLAGS.kernels:
+      steps = config.training.n_jitted_steps if name == 'train' else 1
       print_kernels(text, steps)
     if FLAGS.hlo:
       path = pathlib.Path(FLAGS.hlo) / f'{name}.hlo'
       path.parent.mkdir(parents=True, exist_ok=True)
       path.write_text(text)
-  facts = {'devices': count, 'jax': jax.__version__} | facts
   print(json.dumps(facts))
-  return fits
+  return all(facts[name]['fits'] for name in batches)
 
 
 def _collectives(found):
