@@ -98,24 +98,18 @@ TPU_OPTIONS = {
 # The rows of docs/scaling.md.
 _DDPMPP = 'configs/vp/cifar10_ddpmpp_continuous.py'
 _NCSNPP = 'configs/ve/cifar10_ncsnpp_continuous.py'
-_DEEP = 'configs/ve/cifar10_ncsnpp_deep_continuous.py'
 _256 = 'configs/ve/ffhq_256_ncsnpp_continuous.py'
 _1024 = 'configs/ve/ffhq_ncsnpp_continuous.py'
 _BF16 = '--config.model.dtype=bfloat16'
 TABLE = (
   (_DDPMPP, 'h100:1x1x1', _BF16),
-  (_DDPMPP, 'v5e:4x4', _BF16, '--batch_size=1024'),
-  (_1024, 'h100:1x1x8'),
-  (_256, 'h100:1x1x8'),
-  (_NCSNPP, 'v4:2x2x2'),
   (_DDPMPP, 'h100:1x8x8', _BF16, '--batch_size=4096'),
-  (_256, 'v6e:4x4', _BF16),
+  (_DDPMPP, 'v5e:4x4', _BF16, '--batch_size=1024'),
   (_NCSNPP, 'h100:1x1x1'),
+  (_NCSNPP, 'v4:2x2x2'),
+  (_256, 'h100:1x1x8'),
+  (_1024, 'h100:1x1x8'),
   (_1024, 'v5e:2x4', _BF16),
-  (_1024, 'h100:1x1x8', _BF16),
-  (_256, 'h100:1x1x8', _BF16),
-  (_DEEP, 'h100:1x1x8', _BF16),
-  (_DDPMPP, 'v5p:4x4x4', _BF16, '--batch_size=1024'),
 )
 
 
@@ -372,8 +366,8 @@ def report(config, topology):
 
 def _collectives(found):
   """Return the collectives of a program as text."""
-  return ', '.join(
-    f'{value["number"]:.3g} {kind} of {value["mib"]:.3g} MiB'
+  return '; '.join(
+    f'{value["number"]:.3g} {kind}, {value["mib"]:.3g} MiB in all'
     for kind, value in found['collectives'].items()
   ) or 'none'  # fmt: skip
 
