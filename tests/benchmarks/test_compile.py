@@ -165,14 +165,18 @@ def test_without_the_compiler(monkeypatch, topology, needed):
 
 
 @pytest.mark.parametrize(('memory_gib', 'fits'), [(1, True), (1e-6, False)])
-def test_what_does_not_fit(monkeypatch, capsys, memory_gib, fits):
+def test_what_does_not_fit(monkeypatch, capsys, tmp_path, memory_gib, fits):
   config = rings_vp.get_config()
   monkeypatch.setattr(compiling, 'devices_of', lambda name: jax.devices())
-  compiling.FLAGS(['', f'--memory_gib={memory_gib}', '--programs=train'])
+  arguments = f'--memory_gib={memory_gib} --programs=train --kernels'
+  compiling.FLAGS(['', *arguments.split(), f'--hlo={tmp_path}'])
   assert compiling.report(config, 'h100:1x1x1') == fits
   *printed, facts = capsys.readouterr().out.splitlines()
   assert json.loads(facts)['train']['fits'] == fits
-  assert ('DOES NOT FIT' in '\n'.join(printed)) != fits
+  printed = '\n'.join(printed)
+  assert ('DOES NOT FIT' in printed) != fits
+  assert ' kernels; ' in printed and 'matrix product' in printed
+  assert (tmp_path / 'train.hlo').read_text().startswith('HloModule')
 
 
 def test_unknown_topology():
