@@ -748,8 +748,6 @@ OBJECTIVES = {
 # --------------------------------------------------------------------- losses
 
 
-
-
 def independent(x0: Data, z: Data) -> Int[ArrayLike, ' B']:
   """Return which noise each image gets: its own, independent of the image."""
   return jnp.arange(x0.shape[0])

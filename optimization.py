@@ -328,9 +328,7 @@ def make_optimizer(chosen: Adam) -> optax.GradientTransformation:
     chosen: an object of `OPTIMIZERS`.
   """
   clip = (
-    clip_by_norm(chosen.grad_clip)
-    if chosen.grad_clip
-    else optax.identity()
+    clip_by_norm(chosen.grad_clip) if chosen.grad_clip else optax.identity()
   )
   return optax.chain(clip, chosen.rule())
 

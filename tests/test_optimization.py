@@ -166,7 +166,10 @@ def test_clipping_is_that_of_optax(largest):
   grads = [jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)]
   ours, theirs = (
     jax.jit(lambda grads, clip=clip: clip.update(grads, clip.init(grads))[0])
-    for clip in (optimization.clip_by_norm(largest), optax.clip_by_global_norm(largest))
+    for clip in (
+      optimization.clip_by_norm(largest),
+      optax.clip_by_global_norm(largest),
+    )
   )
   jax.tree.map(np.testing.assert_array_equal, ours(grads), theirs(grads))
   norm = optax.tree.norm(grads)
