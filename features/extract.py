@@ -47,8 +47,8 @@ class FeatureExtractor:
       variant: how images become the input of the network, a key of
         `inception.VARIANTS`.
       batch_size: images at a time, rounded up to a multiple of the number of
-        devices. None means 8 on a CPU, whose caches are small, and 128 for each
-        device elsewhere.
+        devices. None means 8 on a CPU, whose caches are small (also the fastest
+        of 4 to 64 with two devices), and 128 for each device elsewhere.
 
     Raises:
       ValueError: the variant is unknown.
