@@ -53,6 +53,8 @@ Rng = Key[Array, '']
 
 # Relative error of the profile of an average from which on a warning is due.
 INEXACT = 0.1
+# Options of the compiler for programs that run once: compile quickly.
+RUN_ONCE = {'xla_backend_optimization_level': 0}
 # Where the parameters of `LogVariance` are, beside those of the network.
 UNCERTAINTY = 'uncertainty'
 
@@ -122,9 +124,7 @@ class Experiment:
 
   def init_params(self, rng: Rng) -> PyTree:
     """Return new parameters, drawn with a key."""
-    # Compiled without optimisation, because it runs once.
-    quick = {'xla_backend_optimization_level': 0}
-    return jax.jit(self._init, compiler_options=quick)(rng)
+    return jax.jit(self._init, compiler_options=RUN_ONCE)(rng)
 
   def _apply(self, params, x, cond, *label, dropout_rng=None, augment=None):
     told = {} if augment is None else {'augment': augment}

@@ -23,7 +23,9 @@ import experiment
 import run_lib
 from commands import control, encode, evaluate, exchange, sample, stats
 from configs import schema
+from runtime.devices import divide_cpu, num_cores
 from runtime.files import cache_dir, check_local, make_cache_dir
+from runtime.progress import say
 
 FLAGS = flags.FLAGS
 MODES = {
@@ -68,6 +70,9 @@ flags.DEFINE_string(
 )
 flags.DEFINE_integer('num_processes', 1, 'Number of processes.')
 flags.DEFINE_integer('process_id', 0, 'Number of this process, from 0.')
+flags.DEFINE_integer(
+  'cpu_devices', 0, 'Devices that CPU cores become; 0 for a number that suits.'
+)
 flags.DEFINE_bool('help_config', False, 'Print all keys of configs.')
 
 
@@ -162,9 +167,28 @@ def join_hosts():
     )
 
 
+def divide_cores(config):
+  """Make devices of the cores of a CPU, if this process works alone."""
+  if jax.distributed.is_initialized() and not FLAGS.cpu_devices:
+    return
+  schema.check(config)
+  batch = config.eval.batch_size
+  if FLAGS.mode == 'train':
+    parts = config.training.grad_accumulation
+    batch = config.training.batch_size // parts
+  count = divide_cpu(batch, wanted=FLAGS.cpu_devices)
+  if count > 1 and jax.default_backend() == 'cpu':
+    say(f'{count} devices of {num_cores()} cores (--cpu_devices).')
+
+
 def _check_processes():
   """Raise flags.Error for numbers of processes that cannot be."""
   number, count = FLAGS.process_id, FLAGS.num_processes
+  if not 0 <= FLAGS.cpu_devices <= 4096:
+    raise flags.Error(
+      f'--cpu_devices={FLAGS.cpu_devices} needs to be 1 or more, or 0 for a '
+      'number that suits.'
+    )
   if count < 1 or not 0 <= number < count:
     raise flags.Error(
       f'--process_id={number} needs to be from 0 to --num_processes={count} '
@@ -240,7 +264,9 @@ def main(argv):
   try:
     with _terminable():
       configure_jax()
-      MODES[FLAGS.mode](read_config())
+      config = read_config()
+      divide_cores(config)
+      MODES[FLAGS.mode](config)
   except KeyboardInterrupt as stop:
     name = stop.args[0] if stop.args else 'SIGINT'
     sys.exit(f'error: Stopped by {name}; what was written stays.')

@@ -8,6 +8,7 @@ numbers do not depend on the number of devices.
 """
 
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import math
@@ -36,6 +37,8 @@ from runtime.devices import (
   bytes_per_device,
   check_divisible,
   check_memory,
+  compiler_options,
+  each_its_part,
   largest,
   make_layout,
   on_first_host,
@@ -102,7 +105,11 @@ def make_init(model, layout):
       params = model.init_params(jax.random.key(model.config.seed))
     # Made on the devices by jit: device_put may alias, and an alias of a
     # donated buffer would be deleted with it.
-    return jax.jit(init, out_shardings=state_shardings(model, layout))(params)
+    return jax.jit(
+      init,
+      out_shardings=state_shardings(model, layout),
+      compiler_options=experiment.RUN_ONCE,
+    )(params)
 
   return init, place
 
@@ -191,11 +198,36 @@ def make_one_step(model, layout, unrolled):
   return one_step
 
 
-def make_train_steps(model, layout):
+def _compile_ahead(jitted, state, batch):
+  """Return a jitted step that is compiled while other work goes on.
+
+  Args:
+    jitted: step(state, batch).
+    state, batch: the shapes, dtypes and shardings that are expected. Batches of
+      another shape are for `jitted` itself.
+  """
+  pool = concurrent.futures.ThreadPoolExecutor(1)
+  compiled = pool.submit(lambda: jitted.lower(state, batch).compile())
+  pool.shutdown(wait=False)
+
+  def step(state, given):
+    expected = given['image'].shape == batch['image'].shape
+    return (compiled.result() if expected else jitted)(state, given)
+
+  return step
+
+
+def make_train_steps(model, layout, ahead=None):
   """Return train_steps(state, batches) -> (state, losses [n]).
 
   It takes n steps in one compiled call, on batches {'image', 'label'} of shape
   [n, parts, B / parts, ...]. The state is donated: pass each state only once.
+
+  Args:
+    model: the Experiment.
+    layout: where arrays live.
+    ahead: batches as they will be; the program for them is compiled at once, in
+      a thread. None compiles at the first call.
   """
   # On CPUs, XLA's gradient of a convolution's kernel is about 30 times slower
   # inside a loop: there, the loops are Python's.
@@ -203,21 +235,30 @@ def make_train_steps(model, layout):
   convolves = any(shape.ndim > 2 for shape in shapes)
   unrolled = convolves and layout.platform == 'cpu'
   one_step = make_one_step(model, layout, unrolled)
+  state = abstract_state(model, layout)
   shardings = state_shardings(model, layout)
 
-  def compiled(function, sharding):
-    return jax.jit(
+  def compiled(function, sharding, batch):
+    jitted = jax.jit(
       function,
       in_shardings=(shardings, sharding),
       out_shardings=(shardings, layout.replicated),
       donate_argnums=0,
+      compiler_options=compiler_options(layout),
     )
+    if batch is None:
+      return jitted
+    shapes = jax.tree.map(
+      lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding), batch
+    )
+    return _compile_ahead(jitted, state, shapes)
 
   if not unrolled:
     scan = lambda state, batches: jax.lax.scan(one_step, state, batches)
-    return compiled(scan, layout.microbatches)
+    return compiled(scan, layout.microbatches, ahead)
 
-  call = compiled(one_step, layout.one_step)
+  row = None if ahead is None else _row(ahead, 0)
+  call = compiled(one_step, layout.one_step, row)
 
   def one_at_a_time(state, batches):
     step_losses = []
@@ -249,6 +290,7 @@ def make_eval_loss(model, layout):
     eval_loss,
     in_shardings=(layout.replicated, None, layout.split, layout.split),
     out_shardings=layout.replicated,
+    compiler_options=compiler_options(layout),
   )
 
 
@@ -517,10 +559,17 @@ def draw_snapshot(model, layout, folder) -> Hook:
   images = min(SNAPSHOT_IMAGES, model.config.eval.batch_size)
   n = SNAPSHOT_POINTS if model.config.data.dims else images
   # As many as a picture shows, rounded up to as many on every device.
+  draw = model.make_sample(math.ceil(n / devices) * devices)
+
+  def make(params, rng):
+    found = draw(params, rng)
+    return found._replace(x=each_its_part(found.x, layout))
+
   sample = jax.jit(
-    model.make_sample(math.ceil(n / devices) * devices),
+    make,
     in_shardings=(layout.replicated, None),
     out_shardings=layout.replicated,
+    compiler_options=compiler_options(layout),
   )
 
   def hook(now):
@@ -693,11 +742,14 @@ def train(config, workdir):
       Checkpoints(workdir, keep_every=training.snapshot_freq, fall_back=True)
     )
     interrupt = stack.enter_context(_Interrupt())
+    fetch = make_fetch(model, train_set)
+    place = make_place(model, train_set, layout)
+    ahead = None if (saved.last or 0) >= end else place(fetch(0))
+    train_steps = make_train_steps(model, layout, ahead)
     state, start = restore_or_init(model, layout, saved)
     if start >= end:
       say(f'Nothing to do: {start} of {end} steps are done.')
       return
-    train_steps = make_train_steps(model, layout)
     log = stack.enter_context(Log(workdir, resumed_at=start))
     hooks = [
       watch_loss(training, saved, begun),
@@ -709,10 +761,8 @@ def train(config, workdir):
     if training.snapshot_sampling:
       hooks.append(draw_snapshot(model, layout, workdir / 'samples'))
     _describe(model, state, train_set)
-    place = make_place(model, train_set, layout)
     fetched = batching.prefetch(
-      make_fetch(model, train_set),
-      call_starts(start, end, training.n_jitted_steps),
+      fetch, call_starts(start, end, training.n_jitted_steps)
     )
     for before, batches in fetched:
       batches = place(batches)

@@ -26,7 +26,7 @@ from ml_collections import config_flags
 
 import experiment
 import run_lib
-from runtime.devices import check_divisible, make_layout, to_global
+from runtime.devices import check_divisible, divide_cpu, make_layout, to_global
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file('config', None, 'A file of configs/.')
@@ -35,6 +35,9 @@ flags.DEFINE_integer('sampling_steps', 50, 'Largest number of sampling steps.')
 flags.DEFINE_integer('sampling_batch', 64, 'Samples made at once.')
 flags.DEFINE_float(
   'peak_tflops', None, 'Peak of one device at model.dtype, in TFLOP/s.'
+)
+flags.DEFINE_integer(
+  'cpu_devices', 0, 'Devices that CPU cores become; 0 for a number that suits.'
 )
 flags.mark_flag_as_required('config')
 
@@ -141,8 +144,11 @@ def main(argv):
   config = FLAGS.config
   try:
     model = experiment.build(config)
+    training = config.training
+    part = training.batch_size // training.grad_accumulation
+    divide_cpu(part, FLAGS.sampling_batch, wanted=FLAGS.cpu_devices)
     check_divisible(
-      config.training.batch_size // config.training.grad_accumulation,
+      part,
       'config.training.batch_size (divided by grad_accumulation)',
     )
     check_divisible(FLAGS.sampling_batch, '--sampling_batch')

@@ -15,6 +15,7 @@ import likelihood
 from commands import trained
 from data import datasets
 from reporting import pictures
+from runtime.devices import compiler_options, each_its_part
 from runtime.files import save_npz, write_json
 from runtime.progress import Progress, say
 
@@ -51,11 +52,11 @@ class Coder:
 
   def _in_batches(self, what, function, x):
     layout, size = self.run.layout, self.batch_size
-    split = lambda x: jax.lax.with_sharding_constraint(x, layout.split)
     call = jax.jit(
-      lambda params, x: function(params, split(x)),
+      lambda params, x: function(params, each_its_part(x, layout)),
       in_shardings=(layout.replicated, layout.replicated),
       out_shardings=layout.replicated,
+      compiler_options=compiler_options(layout),
     )
     progress = Progress(what, len(x), 'images')
     outputs, nfe = [], []

@@ -39,6 +39,7 @@ from runtime.devices import (
   all_hosts,
   barrier,
   check_divisible,
+  compiler_options,
   local_rows,
   make_layout,
 )
@@ -136,6 +137,7 @@ def jit_bits(model, layout):
       stretch,
       in_shardings=(whole, None, split, start),
       out_shardings=(whole, whole, whole, whole, state),
+      compiler_options=compiler_options(layout),
     )
     for start in (None, state)
   )

@@ -19,7 +19,14 @@ import experiment
 from checkpoints.workdir import Checkpoints
 from configs import schema
 from experiment import Experiment
-from runtime.devices import Layout, check_divisible, make_layout, replicated
+from runtime.devices import (
+  Layout,
+  check_divisible,
+  compiler_options,
+  each_its_part,
+  make_layout,
+  replicated,
+)
 from runtime.files import digest
 from runtime.progress import Progress
 from solvers.base import Samples
@@ -147,8 +154,13 @@ def jit_sample(model, layout, size, guide=None, frames=0, split=False):
   """Return make(params, rng, rows, shared) -> Samples; see `draw`."""
   sample = model.make_sample(size, guide=guide, frames=frames)
   everywhere = layout.replicated
+
+  def make(params, rng, rows, shared):
+    found = sample(params, rng, **rows, **shared)
+    return found._replace(x=each_its_part(found.x, layout))
+
   return jax.jit(
-    lambda params, rng, rows, shared: sample(params, rng, **rows, **shared),
+    make,
     in_shardings=(everywhere, None, layout.split, everywhere),
     out_shardings=Samples(
       x=layout.split if split else everywhere,
@@ -159,6 +171,7 @@ def jit_sample(model, layout, size, guide=None, frames=0, split=False):
       not_finite_at=everywhere,
       label=layout.split if split else everywhere,
     ),
+    compiler_options=compiler_options(layout),
   )
 
 

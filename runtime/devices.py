@@ -11,6 +11,64 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+# The program of a CPU device costs more than a few examples save, and each
+# device has its own copy of the parameters.
+FEWEST_EXAMPLES, MOST_CPU_DEVICES = 8, 8
+
+
+def num_cores() -> int:
+  """Return the number of CPU cores that this process may use."""
+  if hasattr(os, 'sched_getaffinity'):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
+def cpu_devices_for(*batch_sizes, cores: int) -> int:
+  """Return how many devices the cores of a CPU become.
+
+  The largest number, at most 8, that divides each batch and leaves at least 8
+  examples of it on each device.
+
+  Args:
+    *batch_sizes: numbers of examples in a batch.
+    cores: number of cores.
+
+  Example:
+    >>> [cpu_devices_for(b, cores=4) for b in (64, 18, 16, 12)]
+    [4, 2, 2, 1]
+  """
+  fits = lambda b, n: b % n == 0 and b // n >= FEWEST_EXAMPLES
+  numbers = range(1, min(cores, MOST_CPU_DEVICES) + 1)
+  return max(
+    (n for n in numbers if all(fits(b, n) for b in batch_sizes)), default=1
+  )
+
+
+def divide_cpu(*batch_sizes, wanted: int = 0) -> int:
+  """Make devices of the cores of the CPU, if JAX has not started yet.
+
+  Programs that are split over several devices use the cores better than one
+  program with several threads. What is there already stays: a number that the
+  environment or the caller has set, or devices that have been used.
+
+  Args:
+    *batch_sizes: see `cpu_devices_for`.
+    wanted: number of devices; 0 for that of `cpu_devices_for`.
+
+  Returns:
+    The number of CPU devices that was set; 0 if it was left as it is.
+  """
+  set_before = jax.config.jax_num_cpu_devices > 0
+  forced = 'host_platform_device_count' in os.environ.get('XLA_FLAGS', '')
+  if not wanted and (set_before or forced):
+    return 0
+  count = wanted or cpu_devices_for(*batch_sizes, cores=num_cores())
+  try:
+    jax.config.update('jax_num_cpu_devices', count)
+  except RuntimeError:  # JAX has started.
+    return 0
+  return count
+
 
 class Layout(typing.NamedTuple):
   """Shardings over the mesh of all devices, by the axis that they split.
@@ -50,6 +108,32 @@ def make_layout(devices: Sequence[jax.Device] | None = None) -> Layout:
     NamedSharding(mesh, P(None, 'data')),
     NamedSharding(mesh, P(None, None, 'data')),
   )
+
+
+def compiler_options(layout: Layout) -> dict[str, typing.Any] | None:
+  """Return options of the compiler, for `jax.jit`.
+
+  On CPUs little optimisation: programs are ready sooner, and as fast, because
+  convolutions and matrix products are calls of libraries.
+
+  Args:
+    layout: see `make_layout`.
+  """
+  if layout.platform != 'cpu':
+    return None
+  return {'xla_backend_optimization_level': 1}
+
+
+def each_its_part(x: jax.Array, layout: Layout) -> jax.Array:
+  """Return x [B, ...], of which each device computes its own part.
+
+  What is sent to all devices afterwards would else be computed by all.
+
+  Args:
+    x: an array inside of `jax.jit`.
+    layout: see `make_layout`.
+  """
+  return jax.lax.with_sharding_constraint(x, layout.split)
 
 
 def check_divisible(batch_size, key, devices=None):

@@ -78,6 +78,7 @@ COMMAND_LINE = f"""
 {TRAIN} --config.sde=vp => config.sde is a section
 {TRAIN} --num_processes=2 => --num_processes=2|--coordinator
 {TRAIN} --num_processes=0 => --num_processes
+{TRAIN} --cpu_devices=-1 => --cpu_devices
 {TRAIN} --process_id=1 => --process_id=1
 {TRAIN} --process_id=-1 => --process_id
 {TRAIN} --coordinator=auto --num_processes=2 => --num_processes=2|leave it out

@@ -475,7 +475,8 @@ def take_steps(
   The loss is the squared distance of w to each image, plus noise.
   """
 
-  def loss_fn(params, rng, batch):
+  def loss_fn(params, rng, batch, fraction):
+    del fraction
     z = noise * jax.random.normal(rng, batch['image'].shape)
     x = batch['image'] / 255 + z
     return jnp.mean((x - params['w']) ** 2, axis=(1, 2, 3))

@@ -118,6 +118,7 @@ def test_defaults_of_the_section():
     'uniform_dequantization': False,
     'centered': False,
     'on_device': False,
+    'augment': 0.0,
   }
 
 

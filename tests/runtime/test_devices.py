@@ -1,5 +1,9 @@
 """Arrays over all devices, on the devices that there are."""
 
+import pathlib
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +11,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from runtime import devices
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_global_arrays_hold_the_rows_of_this_host():
@@ -60,3 +66,22 @@ def test_one_host_agrees_with_itself():
   assert devices.all_hosts(True) is True
   assert devices.all_hosts(False) is False
   devices.barrier('here')
+
+
+def test_cores_become_devices():
+  """Check the rule, and that what was chosen before stays."""
+  program = """
+import jax
+from runtime import devices
+devices.num_cores = lambda: 6
+assert devices.divide_cpu(64) == 4
+assert jax.device_count() == 4
+assert devices.divide_cpu(64) == 0
+assert devices.divide_cpu(wanted=2) == 0  # JAX has started.
+assert jax.device_count() == 4
+"""
+  subprocess.run([sys.executable, '-c', program], cwd=ROOT, check=True)
+  rule = devices.cpu_devices_for
+  assert rule(128, cores=64) == 8
+  assert rule(64, 24, cores=8) == 2
+  assert rule(4, cores=2) == rule(17, cores=2) == rule(64, cores=1) == 1

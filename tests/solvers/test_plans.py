@@ -117,7 +117,11 @@ def test_order_of_convergence(sde):
         for n in num_steps
       ]
       found = order_of(num_steps, errors)
-      assert abs(found - order) < 0.4, (solver, options, found, errors)
+      margin = 0.4 if isinstance(sde, sde_lib.RectifiedFlow) else 0.35
+      assert found > order - margin, (solver, options, found, errors)
+      # On VE, steps in t of this size are not yet small for flow_heun.
+      if solver != 'flow_heun':
+        assert found < order + margin, (solver, options, found, errors)
 
 
 def _gaussian_variance(sde, plan, data_std):
@@ -265,6 +269,8 @@ def small(method):
     options = {'sde_rtol': 0.5, 'sde_atol': 0.1}
   elif method in ('ula', 'mala', 'annealed_langevin'):
     options |= {'step_size': 1e-3}
+  elif method == 'consistency':
+    options = {}
   return sampling.SAMPLERS[method](eps=1e-2, **options)
 
 
