@@ -37,7 +37,6 @@ from runtime.devices import (
   bytes_per_device,
   check_divisible,
   check_memory,
-  compiler_options,
   each_its_part,
   largest,
   make_layout,
@@ -244,7 +243,6 @@ def make_train_steps(model, layout, ahead=None):
       in_shardings=(shardings, sharding),
       out_shardings=(shardings, layout.replicated),
       donate_argnums=0,
-      compiler_options=compiler_options(layout),
     )
     if batch is None:
       return jitted
@@ -290,7 +288,6 @@ def make_eval_loss(model, layout):
     eval_loss,
     in_shardings=(layout.replicated, None, layout.split, layout.split),
     out_shardings=layout.replicated,
-    compiler_options=compiler_options(layout),
   )
 
 
@@ -569,7 +566,6 @@ def draw_snapshot(model, layout, folder) -> Hook:
     make,
     in_shardings=(layout.replicated, None),
     out_shardings=layout.replicated,
-    compiler_options=compiler_options(layout),
   )
 
   def hook(now):

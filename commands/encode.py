@@ -15,7 +15,7 @@ import likelihood
 from commands import trained
 from data import datasets
 from reporting import pictures
-from runtime.devices import compiler_options, each_its_part
+from runtime.devices import each_its_part
 from runtime.files import save_npz, write_json
 from runtime.progress import Progress, say
 
@@ -56,7 +56,6 @@ class Coder:
       lambda params, x: function(params, each_its_part(x, layout)),
       in_shardings=(layout.replicated, layout.replicated),
       out_shardings=layout.replicated,
-      compiler_options=compiler_options(layout),
     )
     progress = Progress(what, len(x), 'images')
     outputs, nfe = [], []

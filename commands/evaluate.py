@@ -39,7 +39,6 @@ from runtime.devices import (
   all_hosts,
   barrier,
   check_divisible,
-  compiler_options,
   local_rows,
   make_layout,
 )
@@ -137,7 +136,6 @@ def jit_bits(model, layout):
       stretch,
       in_shardings=(whole, None, split, start),
       out_shardings=(whole, whole, whole, whole, state),
-      compiler_options=compiler_options(layout),
     )
     for start in (None, state)
   )

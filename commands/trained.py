@@ -22,7 +22,6 @@ from experiment import Experiment
 from runtime.devices import (
   Layout,
   check_divisible,
-  compiler_options,
   each_its_part,
   make_layout,
   replicated,
@@ -171,7 +170,6 @@ def jit_sample(model, layout, size, guide=None, frames=0, split=False):
       not_finite_at=everywhere,
       label=layout.split if split else everywhere,
     ),
-    compiler_options=compiler_options(layout),
   )
 
 

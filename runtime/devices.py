@@ -110,20 +110,6 @@ def make_layout(devices: Sequence[jax.Device] | None = None) -> Layout:
   )
 
 
-def compiler_options(layout: Layout) -> dict[str, typing.Any] | None:
-  """Return options of the compiler, for `jax.jit`.
-
-  On CPUs little optimisation: programs are ready sooner, and as fast, because
-  convolutions and matrix products are calls of libraries.
-
-  Args:
-    layout: see `make_layout`.
-  """
-  if layout.platform != 'cpu':
-    return None
-  return {'xla_backend_optimization_level': 1}
-
-
 def each_its_part(x: jax.Array, layout: Layout) -> jax.Array:
   """Return x [B, ...], of which each device computes its own part.
 
