@@ -40,7 +40,6 @@ from data.augment import LABELS, augment
 from models import score
 from models.uncertainty import LogVariance
 from runtime import options
-from runtime.devices import all_hosts
 from runtime.files import check_local
 from runtime.progress import say
 from solvers import ode
@@ -846,15 +845,13 @@ def restore_average(saved, step, like, length=None, without=()):
   weights, error = optimization.combination(snapshots, step, length)
   total = jax.tree.map(lambda v: 0.0, like)
   for (at, kept), weight in zip(snapshots, weights, strict=True):
-    problem, part = None, None
-    try:
-      part = saved.restore(at, like, workdir.average_item(kept))
-    except (FileNotFoundError, ValueError) as failed:
-      problem = failed
-    if not all_hosts(problem is None):
+    item = workdir.average_item(kept)
+    read = functools.partial(saved.restore, like=like, item=item)
+    part, problem = workdir.attempt(read, at)
+    if problem:
       if at == step:
-        raise problem or ValueError(f'Another host cannot read {at}.')
-      say(f'warning: {problem or "Another host"} It is left out.')
+        raise problem
+      say(f'warning: {problem} It is left out.')
       return restore_average(saved, step, like, length, (*without, at))
     total = jax.tree.map(lambda a, v, w=weight: a + w * v, total, part)
   say(

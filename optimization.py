@@ -185,7 +185,7 @@ class Adam(Options):
   warmup: int = option(
     5000,
     'Length of the rise of the rate from 0; 0 for none.',
-    '[0, 2147483647]',
+    COUNT,
   )
   grad_clip: float = option(
     1.0, 'Largest global norm of a gradient; 0 for no clipping.', '[0, inf)'

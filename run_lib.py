@@ -28,7 +28,12 @@ from jaxtyping import Float, PyTree
 
 import experiment
 import optimization
-from checkpoints.workdir import Checkpoints, average_item, restore_ema
+from checkpoints.workdir import (
+  Checkpoints,
+  average_item,
+  check_run,
+  restore_arrays,
+)
 from data import batches as batching
 from data import datasets, record
 from reporting import pictures
@@ -79,7 +84,6 @@ def make_init(model, layout):
 
   `place` draws parameters and puts the state on all devices.
   """
-
   lengths = model.config.training.ema_lengths
 
   def init(params):
@@ -92,21 +96,16 @@ def make_init(model, layout):
   def place():
     begin = model.config.training.begin_with
     if begin:
-      if not (pathlib.Path(begin) / 'config.json').is_file():
-        raise FileNotFoundError(
-          f'config.training.begin_with={begin!r} has no config.json: name the '
-          'workdir of a trained run.'
-        )
-      # Every host has them all, as arrays of no device.
-      params = restore_ema(begin, model.abstract_params())
-      params = jax.tree.map(np.asarray, params)
+      choice = f'training.begin_with={begin!r}'
+      check_run(begin, choice, 'name the workdir of a trained run')
+      params = restore_arrays(begin, model.abstract_params())
     else:
       params = model.init_params(jax.random.key(model.config.seed))
     # Made on the devices by jit: device_put may alias, and an alias of a
     # donated buffer would be deleted with it.
     return jax.jit(
       init,
-      out_shardings=state_shardings(model, layout),
+      out_shardings=_shardings(abstract_state(model, layout)),
       compiler_options=experiment.RUN_ONCE,
     )(params)
 
@@ -121,9 +120,9 @@ def abstract_state(model, layout):
   return share(like, layout)
 
 
-def state_shardings(model, layout):
-  """Return the TrainState of the shardings of its arrays."""
-  return jax.tree.map(lambda v: v.sharding, abstract_state(model, layout))
+def _shardings(like):
+  """Return the shardings of a pytree of shapes, dtypes and shardings."""
+  return jax.tree.map(lambda v: v.sharding, like)
 
 
 def _mean_gradient(mean_loss, parts, unrolled):
@@ -167,7 +166,7 @@ def make_one_step(model, layout, unrolled):
   base_rng = jax.random.key(model.config.seed, impl=training.prng)
   gather = split = keep = lambda tree: tree
   if training.shard_state:
-    shardings = state_shardings(model, layout)
+    shardings = _shardings(abstract_state(model, layout))
     constrain = jax.lax.with_sharding_constraint
     gather = lambda params: constrain(params, layout.replicated)
     split = lambda grads: constrain(grads, shardings.params)
@@ -197,13 +196,26 @@ def make_one_step(model, layout, unrolled):
   return one_step
 
 
+def abstract_batches(model):
+  """Return the batches of a call of training steps, as shapes and dtypes."""
+  training = model.config.training
+  n = min(training.n_jitted_steps, training.n_iters)
+  parts = training.grad_accumulation
+  shape = model.shape(training.batch_size // parts)
+  dtype = np.float32 if model.config.data.dims else np.uint8
+  return {
+    'image': jax.ShapeDtypeStruct((n, parts, *shape), dtype),
+    'label': jax.ShapeDtypeStruct((n, parts, shape[0]), np.int32),
+  }
+
+
 def _compile_ahead(jitted, state, batch):
   """Return a jitted step that is compiled while other work goes on.
 
   Args:
     jitted: step(state, batch).
-    state, batch: the shapes, dtypes and shardings that are expected. Batches of
-      another shape are for `jitted` itself.
+    state, batch: the shapes and dtypes that are expected. Batches of another
+      shape are for `jitted` itself.
   """
   pool = concurrent.futures.ThreadPoolExecutor(1)
   compiled = pool.submit(lambda: jitted.lower(state, batch).compile())
@@ -216,7 +228,7 @@ def _compile_ahead(jitted, state, batch):
   return step
 
 
-def make_train_steps(model, layout, ahead=None):
+def make_train_steps(model, layout, ahead=False):
   """Return train_steps(state, batches) -> (state, losses [n]).
 
   It takes n steps in one compiled call, on batches {'image', 'label'} of shape
@@ -225,8 +237,8 @@ def make_train_steps(model, layout, ahead=None):
   Args:
     model: the Experiment.
     layout: where arrays live.
-    ahead: batches as they will be; the program for them is compiled at once, in
-      a thread. None compiles at the first call.
+    ahead: whether to compile for `abstract_batches` at once, in a thread,
+      rather than at the first call.
   """
   # On CPUs, XLA's gradient of a convolution's kernel is about 30 times slower
   # inside a loop: there, the loops are Python's.
@@ -235,28 +247,29 @@ def make_train_steps(model, layout, ahead=None):
   unrolled = convolves and layout.platform == 'cpu'
   one_step = make_one_step(model, layout, unrolled)
   state = abstract_state(model, layout)
-  shardings = state_shardings(model, layout)
+  shardings = _shardings(state)
 
-  def compiled(function, sharding, batch):
+  def compiled(function, sharding, axis):
+    """Compile for batches of that axis and the following ones."""
     jitted = jax.jit(
       function,
       in_shardings=(shardings, sharding),
       out_shardings=(shardings, layout.replicated),
       donate_argnums=0,
     )
-    if batch is None:
+    if not ahead:
       return jitted
-    shapes = jax.tree.map(
-      lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding), batch
-    )
-    return _compile_ahead(jitted, state, shapes)
+    batch = {
+      name: jax.ShapeDtypeStruct(v.shape[axis:], v.dtype)
+      for name, v in abstract_batches(model).items()
+    }
+    return _compile_ahead(jitted, state, batch)
 
   if not unrolled:
     scan = lambda state, batches: jax.lax.scan(one_step, state, batches)
-    return compiled(scan, layout.microbatches, ahead)
+    return compiled(scan, layout.microbatches, axis=0)
 
-  row = None if ahead is None else _row(ahead, 0)
-  call = compiled(one_step, layout.one_step, row)
+  call = compiled(one_step, layout.one_step, axis=1)
 
   def one_at_a_time(state, batches):
     step_losses = []
@@ -738,9 +751,7 @@ def train(config, workdir):
       Checkpoints(workdir, keep_every=training.snapshot_freq, fall_back=True)
     )
     interrupt = stack.enter_context(_Interrupt())
-    fetch = make_fetch(model, train_set)
-    place = make_place(model, train_set, layout)
-    ahead = None if (saved.last or 0) >= end else place(fetch(0))
+    ahead = (saved.last or 0) < end
     train_steps = make_train_steps(model, layout, ahead)
     state, start = restore_or_init(model, layout, saved)
     if start >= end:
@@ -757,8 +768,10 @@ def train(config, workdir):
     if training.snapshot_sampling:
       hooks.append(draw_snapshot(model, layout, workdir / 'samples'))
     _describe(model, state, train_set)
+    place = make_place(model, train_set, layout)
     fetched = batching.prefetch(
-      fetch, call_starts(start, end, training.n_jitted_steps)
+      make_fetch(model, train_set),
+      call_starts(start, end, training.n_jitted_steps),
     )
     for before, batches in fetched:
       batches = place(batches)

@@ -39,7 +39,6 @@ import sys
 import time
 
 import jax
-import numpy as np
 from absl import app, flags
 from jax.experimental import topologies
 from ml_collections import config_flags
@@ -154,26 +153,15 @@ def devices_of(topology: str) -> list[jax.Device]:
 # ------------------------------------------------------------------- programs
 
 
-def _image(model, *shape):
-  dtype = np.float32 if model.config.data.dims else np.uint8
-  return jax.ShapeDtypeStruct((*shape[:-1], *model.shape(shape[-1])), dtype)
-
-
 def _rng():
   return jax.eval_shape(lambda: jax.random.key(0))
 
 
 def train(model, layout):
   """Return (jitted training steps, arguments, number of steps)."""
-  training = model.config.training
-  n, parts = training.n_jitted_steps, training.grad_accumulation
-  size = training.batch_size // parts
-  init, _ = run_lib.make_init(model, layout)
-  state = jax.eval_shape(init, model.abstract_params())
-  batches = {
-    'image': _image(model, n, parts, size),
-    'label': jax.ShapeDtypeStruct((n, parts, size), np.int32),
-  }
+  state = run_lib.abstract_state(model, layout)
+  batches = run_lib.abstract_batches(model)
+  n = batches['image'].shape[0]
   return run_lib.make_train_steps(model, layout), (state, batches), n
 
 
@@ -187,7 +175,9 @@ def sample(model, layout):
 def likelihood(model, layout):
   """Return (a jitted stretch of the likelihood's solver, arguments, 1)."""
   begin, proceed = evaluate.jit_bits(model, layout)
-  image = _image(model, model.config.eval.batch_size)
+  dtype = run_lib.abstract_batches(model)['image'].dtype
+  size = model.config.eval.batch_size
+  image = jax.ShapeDtypeStruct(model.shape(size), dtype)
   arguments = model.abstract_params(), _rng(), image
   *_, state = jax.eval_shape(begin, *arguments, None)
   return proceed, (*arguments, state), 1

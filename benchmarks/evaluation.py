@@ -17,13 +17,13 @@ import argparse
 import pathlib
 import time
 
-import jax
 import numpy as np
 import scipy.linalg
 
 import evaluation
 from benchmarks import comparison
 from features import extract, statistics, weights
+from runtime.devices import divide_cpu
 
 
 def add_cpu_devices(parser):
@@ -34,11 +34,6 @@ def add_cpu_devices(parser):
     default=1,
     help='devices that the CPU is divided into, each with a part of a batch',
   )
-
-
-def use_cpu_devices(count):
-  """Divide the CPU into devices; call it before anything uses jax."""
-  jax.config.update('jax_num_cpu_devices', count)
 
 
 def in_turn(functions, rounds):
@@ -123,7 +118,7 @@ def main():
   parser.add_argument('--weights', help='file; downloaded by default')
   add_cpu_devices(parser)
   args = parser.parse_args()
-  use_cpu_devices(args.cpu_devices)
+  divide_cpu(wanted=args.cpu_devices)
   time_frechet(args)
   time_features(args)
 

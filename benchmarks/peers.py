@@ -31,7 +31,7 @@ import run_lib
 from benchmarks import comparison
 from benchmarks import evaluation as timing
 from checkpoints import diffusers as exported
-from runtime.devices import check_divisible, make_layout, to_global
+from runtime.devices import check_divisible, divide_cpu, make_layout, to_global
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 NETWORKS = {
@@ -254,7 +254,7 @@ def main(argv=None):
     )
   # Leave memory of a GPU to torch.
   os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
-  timing.use_cpu_devices(args.cpu_devices)
+  divide_cpu(wanted=args.cpu_devices)
   try:
     check_divisible(args.batch_size, '--batch_size')
     for name in args.networks:

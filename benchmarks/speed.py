@@ -26,6 +26,7 @@ from ml_collections import config_flags
 
 import experiment
 import run_lib
+from configs import schema
 from runtime.devices import check_divisible, divide_cpu, make_layout, to_global
 
 FLAGS = flags.FLAGS
@@ -69,21 +70,15 @@ def training_flops(model, params, batch):
 
 def time_training(model, layout, steps):
   """Return (results, averaged parameters) of at least `steps` steps."""
-  config, training = model.config, model.config.training
-  n, parts = training.n_jitted_steps, training.grad_accumulation
+  training = model.config.training
   _, place = run_lib.make_init(model, layout)
   state = place()
   train_steps = run_lib.make_train_steps(model, layout)
-  size = training.batch_size // parts
-  dtype = np.float32 if config.data.dims else np.uint8
-  batch = {
-    'image': np.zeros(model.shape(size), dtype),
-    'label': np.zeros(size, np.int32),
-  }
-  batches = to_global(
-    layout.microbatches,
-    {k: np.broadcast_to(v, (n, parts, *v.shape)) for k, v in batch.items()},
+  zeros = jax.tree.map(
+    lambda v: np.zeros(v.shape, v.dtype), run_lib.abstract_batches(model)
   )
+  n, batch = len(zeros['image']), {k: v[0, 0] for k, v in zeros.items()}
+  batches = to_global(layout.microbatches, zeros)
 
   state, losses = jax.block_until_ready(train_steps(state, batches))
   first_call = time.perf_counter() - BEGUN
@@ -143,10 +138,11 @@ def main(argv):
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
   config = FLAGS.config
   try:
-    model = experiment.build(config)
-    training = config.training
-    part = training.batch_size // training.grad_accumulation
+    schema.check(config)
+    part = config.training.batch_size // config.training.grad_accumulation
+    # Before JAX starts, which building an experiment does.
     divide_cpu(part, FLAGS.sampling_batch, wanted=FLAGS.cpu_devices)
+    model = experiment.build(config)
     check_divisible(
       part,
       'config.training.batch_size (divided by grad_accumulation)',

@@ -22,6 +22,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from etils import epath
@@ -418,15 +419,11 @@ class Checkpoints:
     while steps := [s for s in self._preferred(which) if s not in failed]:
       # All hosts take the same, though they may see the folder change.
       step = -largest(-steps[0])
-      found, error = None, None
-      try:
-        found = restore(step)
-      except (FileNotFoundError, ValueError) as problem:
-        error = problem
-      if all_hosts(error is None):
+      found, error = attempt(restore, step)
+      if error is None:
         self._pass_over(failed, step)
         return step, found
-      failed[step] = error or ValueError(f'Another host cannot read {step}.')
+      failed[step] = error
       damaged = not isinstance(error, FileNotFoundError)
       if damaged and not self._fall_back:
         break
@@ -457,19 +454,30 @@ class Checkpoints:
       return
     errors, steps = [], self.select(which)
     for step in steps:
-      found, error = None, None
-      try:
-        found = restore(step)
-      except (FileNotFoundError, ValueError) as problem:
-        error = problem
-      if all_hosts(error is None):
+      found, error = attempt(restore, step)
+      if error is None:
         yield step, found
       else:
-        errors.append(error or ValueError(f'Another host cannot read {step}.'))
+        errors.append(error)
         if len(errors) < len(steps):
           say(f'warning: {errors[-1]} It is left out.')
     if len(errors) == len(steps):
       raise errors[0]
+
+
+def attempt(restore, step):
+  """Return (restore(step), None), or (None, why) if a host cannot read it.
+
+  All hosts must call it.
+  """
+  found, error = None, None
+  try:
+    found = restore(step)
+  except (FileNotFoundError, ValueError) as problem:
+    error = problem
+  if all_hosts(error is None):
+    return found, None
+  return None, error or ValueError(f'Another host cannot read {step}.')
 
 
 def average_item(length):
@@ -512,3 +520,23 @@ def restore_ema(workdir, like, which='last', restore=None):
     restore = restore or functools.partial(Checkpoints.restore, item='ema')
     restored = functools.partial(restore, checkpoints, like=like)
     return checkpoints.restore_first(which, restored)[1]
+
+
+def check_run(workdir, choice, advice):
+  """Raise FileNotFoundError unless a run was started in a folder.
+
+  Args:
+    workdir: the folder.
+    choice: the key that names it, with its value, for the error.
+    advice: what to do.
+  """
+  if not (pathlib.Path(workdir) / 'config.json').is_file():
+    raise FileNotFoundError(f'config.{choice} has no config.json: {advice}.')
+
+
+def restore_arrays(workdir, like, which='last'):
+  """Return what `restore_ema` does as numpy arrays, which are of no device.
+
+  Every host has them all.
+  """
+  return jax.tree.map(np.asarray, restore_ema(workdir, like, which))

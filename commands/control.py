@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import experiment
-from checkpoints.workdir import restore_ema
+from checkpoints.workdir import check_run, restore_arrays
 from commands import trained
 from controllable_generation import (
   CONTROLS,
@@ -250,11 +250,11 @@ def load_classifier(model):
       "classifier_workdir: set it to a run with a classifier's config."
     )
   workdir = pathlib.Path(model.config.control.classifier_workdir).expanduser()
-  if not (workdir / 'config.json').is_file():
-    raise FileNotFoundError(
-      f'config.control.classifier_workdir={workdir} has no config.json: train '
-      "or import a classifier there, with a classifier's config."
-    )
+  check_run(
+    workdir,
+    f'control.classifier_workdir={workdir}',
+    "train or import a classifier there, with a classifier's config",
+  )
   classifier = experiment.build(experiment.run_config(workdir))
   if not classifier.is_classifier:
     raise ValueError(
@@ -262,9 +262,7 @@ def load_classifier(model):
       "classifier: train one there, with a classifier's config."
     )
   _check_noise(model, classifier, f'classifier_workdir={workdir}')
-  # Every host has them all, as arrays of no device.
-  params = restore_ema(workdir, classifier.abstract_params())
-  return classifier, jax.tree.map(np.asarray, params)
+  return classifier, restore_arrays(workdir, classifier.abstract_params())
 
 
 def classifier_task(model, workdir):
@@ -321,11 +319,7 @@ def autoguidance_task(model, workdir):
   chosen = model.config.control
   folder = pathlib.Path(chosen.weak_workdir or workdir).expanduser()
   choice = f'weak_workdir={str(folder)!r}'
-  if not (folder / 'config.json').is_file():
-    raise FileNotFoundError(
-      f'config.control.{choice} has no config.json: name the workdir of a '
-      'trained run.'
-    )
+  check_run(folder, f'control.{choice}', 'name the workdir of a trained run')
   weak = experiment.build(experiment.run_config(folder))
   if weak.is_classifier or weak.num_labels not in (0, model.num_labels):
     raise ValueError(
@@ -333,8 +327,8 @@ def autoguidance_task(model, workdir):
       'model, or without classes: train one with its config.data.'
     )
   _check_noise(model, weak, choice)
-  params = restore_ema(folder, weak.abstract_params(), chosen.weak_checkpoint)
-  params = jax.tree.map(np.asarray, weak.network_params(params))
+  like, checkpoint = weak.abstract_params(), chosen.weak_checkpoint
+  params = weak.network_params(restore_arrays(folder, like, checkpoint))
   guidance = _build(CONTROLS, model.config, 'name')
   guide = ByWeakNetwork(guidance, weak, model.sampler.continuous)
   names = record.classes(workdir)

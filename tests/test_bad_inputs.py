@@ -518,34 +518,22 @@ def check(world, error_of, given, texts):
   assert time.monotonic() - begun < 30
 
 
-@pytest.mark.parametrize(('given', 'texts'), cases(COMMAND_LINE))
-def test_command_line(world, error_of, given, texts):
+@pytest.mark.parametrize(
+  ('given', 'texts'),
+  [
+    case
+    for name, table in TABLES.items()
+    if name != 'addresses'
+    for case in cases(table)
+  ],
+)
+def test_one_line(world, error_of, given, texts):
   check(world, error_of, given, texts)
 
 
 @pytest.mark.parametrize(('given', 'texts'), cases(ADDRESSES))
 def test_addresses(world, error_of, given, texts):
   check(world, error_of, given, f'{texts}|is an address|mount the bucket|NFS')
-
-
-@pytest.mark.parametrize(('given', 'texts'), cases(VALUES))
-def test_values(world, error_of, given, texts):
-  check(world, error_of, given, texts)
-
-
-@pytest.mark.parametrize(('given', 'texts'), cases(DATA))
-def test_data(world, error_of, given, texts):
-  check(world, error_of, given, texts)
-
-
-@pytest.mark.parametrize(('given', 'texts'), cases(CHECKPOINTS))
-def test_checkpoints(world, error_of, given, texts):
-  check(world, error_of, given, texts)
-
-
-@pytest.mark.parametrize(('given', 'texts'), cases(WORKDIRS))
-def test_workdirs(world, error_of, given, texts):
-  check(world, error_of, given, texts)
 
 
 def test_there_are_many():

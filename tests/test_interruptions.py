@@ -5,8 +5,6 @@ import os
 import pathlib
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import jax
@@ -26,17 +24,6 @@ from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
 FEW = {'training__n_iters': 8, 'training__snapshot_freq': 0}
-
-
-def start(program, *arguments):
-  return subprocess.Popen(
-    [sys.executable, '-c', program, *map(str, arguments)],
-    cwd=ROOT,
-    env=os.environ | {'JAX_COMPILATION_CACHE_DIR': tiny.CACHE},
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
 
 
 def points():
@@ -118,7 +105,7 @@ with run_lib._Interrupt():
   os.kill(os.getpid(), signal.SIGINT)
   time.sleep(60)
 """
-  process = start(program)
+  process = tiny.start(program)
   out, err = process.communicate()
   assert process.returncode == -signal.SIGINT
   assert out == 'goes on\n'
@@ -152,7 +139,7 @@ def test_a_signal_to_one_host_stops_all_at_the_same_step(tmp_path, name):
     probe.bind(('127.0.0.1', 0))
     port = probe.getsockname()[1]
   program = HOST.replace('NAME', name)
-  hosts = [start(program, tmp_path, i, port) for i in range(2)]
+  hosts = [tiny.start(program, tmp_path, i, port) for i in range(2)]
   outputs = [host.communicate() for host in hosts]
   for host, (_, err) in zip(hosts, outputs, strict=True):
     assert host.returncode == 0, err

@@ -76,6 +76,7 @@ def contents(folder):
 def test_train(trained):
   workdir, printed = trained
   assert 'ncsnpp, 0.01M parameters, 1 cpu device(s), 0.1' in printed
+  assert ' MiB of state on each, 1500 images of digits' in printed
   assert 'step 2/2 loss ' in printed
   assert {path.name for path in workdir.iterdir()} >= {
     'config.json',

@@ -1,6 +1,7 @@
 """Training on many devices and hosts, killed and resumed, and diverging."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -8,8 +9,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import types
 
 import jax
@@ -105,18 +104,21 @@ runpy.run_path('main.py', run_name='__main__')
 """
 
 
-def start(program, *arguments):
-  return subprocess.Popen(
-    [sys.executable, '-c', program, *map(str, arguments)],
-    cwd=ROOT,
-    env=os.environ
-    | {
-      'JAX_COMPILATION_CACHE_DIR': tiny.CACHE,
-      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
-    },
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
+# Programs that compile quickly are not worth a file.
+start = functools.partial(
+  tiny.start, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0.1'
+)
+
+
+def last_moment():
+  """Return what hooks see at the end of a training of eight steps."""
+  return run_lib.Moment(
+    step=8,
+    state=run_lib.TrainState(step=8, params={}, opt_state={}, ema={}),
+    losses=np.zeros(1),
+    first=False,
+    stopping='',
+    finished=True,
   )
 
 
@@ -543,17 +545,8 @@ def test_memory_of_test_losses_and_pictures(monkeypatch, tmp_path):
   run_lib.draw_snapshot(model, layout, tmp_path)
   test_loss = lambda *args, limit: sizes.append(args[3]) or {'test_loss': 0.0}
   monkeypatch.setattr(run_lib, 'test_loss', test_loss)
-  state = run_lib.TrainState(step=8, params={}, opt_state={}, ema={})
-  now = run_lib.Moment(
-    step=8,
-    state=state,
-    losses=np.zeros(1),
-    first=False,
-    stopping='',
-    finished=True,
-  )
   saved = types.SimpleNamespace(last=None)
-  run_lib.watch_test_loss(model, layout, None, saved)(now)
+  run_lib.watch_test_loss(model, layout, None, saved)(last_moment())
   assert sizes == [16, 2]
 
 
@@ -679,16 +672,6 @@ def test_a_snapshot_of_bad_samples_is_a_warning(dims, tmp_path, capsys):
   stub = dataclasses.replace(model)
   object.__setattr__(stub, 'make_sample', lambda n: lambda params, rng: samples)
   hook = run_lib.draw_snapshot(stub, make_layout(), tmp_path)
-  state = run_lib.TrainState(step=8, params={}, opt_state={}, ema={})
-  hook(
-    run_lib.Moment(
-      step=8,
-      state=state,
-      losses=np.zeros(1),
-      first=False,
-      stopping='',
-      finished=True,
-    )
-  )
+  hook(last_moment())
   assert 'warning: no picture of samples at step 8' in capsys.readouterr().out
   assert not list(tmp_path.iterdir())

@@ -3,12 +3,34 @@
 It is a config file as well: python main.py --config tests/tiny.py ...
 """
 
+import os
 import pathlib
+import subprocess
+import sys
 
 from configs.base import compose, ncsnpp, ve
 
+ROOT = pathlib.Path(__file__).parents[1]
 # Compiled programs of the tests, of subprocesses as well.
-CACHE = str(pathlib.Path(__file__).parents[1] / '.pytest_cache' / 'jax')
+CACHE = str(ROOT / '.pytest_cache' / 'jax')
+
+
+def start(program, *arguments, **environment):
+  """Start a Python program in another process, with texts for its output.
+
+  Args:
+    program: source text.
+    *arguments: its arguments.
+    **environment: further variables.
+  """
+  return subprocess.Popen(
+    [sys.executable, '-c', program, *map(str, arguments)],
+    cwd=ROOT,
+    env=os.environ | {'JAX_COMPILATION_CACHE_DIR': CACHE} | environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
 
 
 def get_config(**overrides):

@@ -1,12 +1,8 @@
 """Evaluation, sampling, import and export of a tiny run, end to end."""
 
 import json
-import os
-import pathlib
 import signal
 import socket
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -81,18 +77,11 @@ evaluate.evaluate_images(config, workdir, theirs, name)
 
 
 def start(*arguments, cache):
-  return subprocess.Popen(
-    [sys.executable, '-c', WORKER, *map(str, arguments)],
-    cwd=pathlib.Path(__file__).parents[2],
-    env=os.environ
-    | {
-      'JAX_COMPILATION_CACHE_DIR': tiny.CACHE,
-      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
-      'SCORE_SDE_CACHE': str(cache),
-    },
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
+  return tiny.start(
+    WORKER,
+    *arguments,
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0.1',
+    SCORE_SDE_CACHE=str(cache),
   )
 
 

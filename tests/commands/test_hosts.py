@@ -1,12 +1,9 @@
 """Two hosts give what one gives, and one finishes what two began."""
 
 import json
-import os
 import pathlib
 import shutil
 import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -95,18 +92,7 @@ def untrained(tmp_path):
 
 
 def start(folder, *arguments):
-  return subprocess.Popen(
-    [sys.executable, '-c', WORKER, *map(str, arguments)],
-    cwd=ROOT,
-    env=os.environ
-    | {
-      'JAX_COMPILATION_CACHE_DIR': tiny.CACHE,
-      'SCORE_SDE_CACHE': str(folder),
-    },
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
+  return tiny.start(WORKER, *arguments, SCORE_SDE_CACHE=str(folder))
 
 
 def wait(workers):
