@@ -134,7 +134,8 @@ def test_training_finds_the_consistency_function():
   assert error(theta).max() < 0.1, error(theta)
 
 
-def test_a_run_begins_with_the_weights_of_another(tmp_path):
+def test_a_run_begins_with_the_weights_of_another(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
   change = {
     'model.nf': 8, 'model.num_layers': 1, 'training.n_iters': 100,
     'training.snapshot_sampling': False, 'training.batch_size': 32,
@@ -144,7 +145,7 @@ def test_a_run_begins_with_the_weights_of_another(tmp_path):
   config = compose(
     vp, mlp, edm, toy('mixture'), change,
     {
-      'training.begin_with': str(tmp_path / 'first'), 'optim.lr': 0.0,
+      'training.begin_with': '~/first', 'optim.lr': 0.0,
       'training.objective': 'consistency', 'sampling.method': 'consistency',
     },
   )  # fmt: skip
