@@ -8,7 +8,7 @@ import pathlib
 import subprocess
 import sys
 
-from configs.base import compose, ncsnpp, ve
+from configs.base import compose, mlp, ncsnpp, toy, ve
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Compiled programs of the tests, of subprocesses as well.
@@ -33,33 +33,42 @@ def start(program, *arguments, **environment):
   )
 
 
+RUN = {
+  'sde.sigma_max': 10.0,
+  'model.nf': 8,
+  'training.batch_size': 8,
+  'training.n_iters': 8,
+  'training.n_jitted_steps': 1,
+  'training.log_freq': 1,
+  'training.eval_freq': 4,
+  'training.checkpoint_freq': 4,
+  'training.snapshot_freq': 1000,
+  'training.snapshot_sampling': False,
+  'training.ema_rate': 0.9,
+  'training.ema_warmup': False,
+  'optim.lr': 1e-3,
+  'optim.warmup': 0,
+  'sampling.num_steps': 3,
+}
+DIGITS = {
+  'data.dataset': 'digits',
+  'data.image_size': 8,
+  'data.num_channels': 1,
+  'model.ch_mult': (1,),
+  'model.attn_resolutions': (),
+  'model.num_res_blocks': 1,
+}
+
+
+def dotted(overrides):
+  return {key.replace('__', '.'): v for key, v in overrides.items()}
+
+
 def get_config(**overrides):
   """Return the config; overrides are dotted keys with __ for the dot."""
-  changes = {key.replace('__', '.'): v for key, v in overrides.items()}
-  return compose(
-    ve,
-    ncsnpp,
-    {
-      'data.dataset': 'digits',
-      'data.image_size': 8,
-      'data.num_channels': 1,
-      'sde.sigma_max': 10.0,
-      'model.nf': 8,
-      'model.ch_mult': (1,),
-      'model.attn_resolutions': (),
-      'model.num_res_blocks': 1,
-      'training.batch_size': 8,
-      'training.n_iters': 8,
-      'training.n_jitted_steps': 1,
-      'training.log_freq': 1,
-      'training.eval_freq': 4,
-      'training.checkpoint_freq': 4,
-      'training.snapshot_freq': 1000,
-      'training.snapshot_sampling': False,
-      'training.ema_rate': 0.9,
-      'optim.lr': 1e-3,
-      'optim.warmup': 0,
-      'sampling.num_steps': 3,
-    },
-    changes,
-  )
+  return compose(ve, ncsnpp, DIGITS, RUN, dotted(overrides))
+
+
+def points(**overrides):
+  """Return that of a run on points, whose programs compile in a second."""
+  return compose(ve, mlp, toy('rings'), RUN, dotted(overrides))
