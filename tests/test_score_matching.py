@@ -21,10 +21,6 @@ N = 40_000
 MEAN = np.array([0.5, -1.0])
 COVARIANCE = np.array([[1.2, 0.5], [0.5, 0.7]])
 SIGMA = 0.6
-# Compiled without optimisation, because these programs run once.
-quickly = functools.partial(
-  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
-)
 RINGS = toy.DISTRIBUTIONS['toy/rings']
 
 
@@ -224,13 +220,13 @@ def test_an_energy_trains_with_each(name):
     params = jax.tree.map(jnp.add, params, updates)
     return (params, state), None
 
-  @quickly
+  @jax.jit
   def train(params):
     keys = jax.random.split(jax.random.key(1), 200)
     start = params, optimizer.init(params)
     return jax.lax.scan(step, start, keys)[0][0]
 
-  @quickly
+  @jax.jit
   def error(params):
     """Return E sigma^2 |s - grad log p_t|^2 over the data and times."""
     t = jnp.linspace(0, 1, len(x[:2000]))
