@@ -316,6 +316,7 @@ class Inpaint(Operator):
     'half',
     "Known pixels: 'center' (which is hidden), 'half', 'random', or an image "
     'file whose white pixels are known; in code also a boolean array [H, W].',
+    path=True,
   )
   known: float = option(
     0.25, 'Share of pixels that a random mask shows.', '(0, 1)'
@@ -778,10 +779,14 @@ class Control(Options):
     -1, 'Class, a number or a name; -1 for all classes in turn.', '[-1, inf)'
   )
   classifier_workdir: str = option(
-    '', "Folder of a trained classifier, for the control 'classifier'."
+    '',
+    "Folder of a trained classifier, for the control 'classifier'.",
+    path=True,
   )
   weak_workdir: str = option(
-    '', "Folder of the weak network of 'autoguidance'; '' for the run itself."
+    '',
+    "Folder of the weak network of 'autoguidance'; '' for the run itself.",
+    path=True,
   )
   weak_checkpoint: str | int = option(
     'last', "Its checkpoint: 'last', 'best' or a step."
@@ -790,7 +795,9 @@ class Control(Options):
     'projection', 'How samples are conditioned on measurements.', table=METHODS
   )
   images: str = option(
-    '', "Folder or .npz of images to be measured; '' for the test set."
+    '',
+    "Folder or .npz of images to be measured; '' for the test set.",
+    path=True,
   )
   num_images: int = option(8, 'Number of images that are measured.', '[1, 1e7]')
   repeats: int = option(4, 'Reconstructions of each image.', '[1, 1e6]')

@@ -879,7 +879,8 @@ def load(path, which='last', ema_length=None):
     FileNotFoundError, ValueError: there is none, or it is damaged.
   """
   check_local(path)
-  if pathlib.Path(path).is_dir():
+  path = pathlib.Path(path).expanduser()
+  if path.is_dir():
     model = build(run_config(path))
     restore = functools.partial(restore_average, length=ema_length)
     shapes = model.abstract_params()

@@ -94,7 +94,7 @@ def make_init(model, layout):
     return TrainState(zeros, params, opt_state, ema, averages)
 
   def place():
-    begin = os.path.expanduser(model.config.training.begin_with)
+    begin = model.config.training.begin_with
     if begin:
       choice = f'training.begin_with={begin!r}'
       check_run(begin, choice, 'name the workdir of a trained run')

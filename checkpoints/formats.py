@@ -174,7 +174,7 @@ def exported_config(path) -> dict[str, typing.Any]:
 
 def _existing(path):
   """Return the path of a file that exists."""
-  path = pathlib.Path(path).expanduser()
+  path = pathlib.Path(path)
   if not path.is_file():
     raise FileNotFoundError(f'There is no checkpoint file {path}.')
   return path

@@ -39,7 +39,7 @@ from runtime.progress import say
 def _build(table, config, key):
   """Return the object of a table that config.control chooses by a key."""
   section = {**config.control}
-  path = pathlib.Path(section['mask']).expanduser()
+  path = pathlib.Path(section['mask'])
   if section['mask'] not in MASKS and path.is_file():
     fit = sources.fit_of(config.data) | {'channels': 1}
     image = sources.decode_file(path, **fit)
@@ -249,7 +249,7 @@ def load_classifier(model):
       "config.control.name='classifier' needs config.control."
       "classifier_workdir: set it to a run with a classifier's config."
     )
-  workdir = pathlib.Path(model.config.control.classifier_workdir).expanduser()
+  workdir = pathlib.Path(model.config.control.classifier_workdir)
   check_run(
     workdir,
     f'control.classifier_workdir={workdir}',
@@ -317,7 +317,7 @@ def autoguidance_task(model, workdir):
     ValueError: it is no score network, or one of other noise or classes.
   """
   chosen = model.config.control
-  folder = pathlib.Path(chosen.weak_workdir or workdir).expanduser()
+  folder = pathlib.Path(chosen.weak_workdir or workdir)
   choice = f'weak_workdir={str(folder)!r}'
   check_run(folder, f'control.{choice}', 'name the workdir of a trained run')
   weak = experiment.build(experiment.run_config(folder))

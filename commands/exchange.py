@@ -66,7 +66,7 @@ def export(config, workdir, path):
       '--mode export needs --output FILE.safetensors or, for diffusers, a '
       'folder.'
     )
-  path = pathlib.Path(path).expanduser()
+  path = pathlib.Path(path)
   if path.exists():
     raise ValueError(f'{path} exists already: choose another --output.')
   model, to_file = experiment.build(config), path.suffix == '.safetensors'

@@ -31,7 +31,7 @@ NUM_FEATURES = 10_000  # Features that are kept for metrics of neighbours.
 def _path(config, dataset, extract):
   """Return the path of the statistics of a data set."""
   if config.eval.stats_path:
-    return pathlib.Path(config.eval.stats_path).expanduser()
+    return pathlib.Path(config.eval.stats_path)
   name = (
     f'{dataset.name.replace("/", "_")}_{config.data.image_size}_'
     f'{identity_of(extract)}_{dataset.fingerprint[:16]}.npz'

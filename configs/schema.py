@@ -86,6 +86,7 @@ class Training(Options):
     '',
     'Workdir of a run of the same network, whose averaged weights a new run '
     "begins with; '' for random weights.",
+    path=True,
   )
   allow_other_data: bool = option(
     False, 'Whether a run may be resumed with other images than before.'
@@ -231,7 +232,10 @@ class Evaluation(Options):
   )
   num_samples: int = option(50_000, 'Samples that are compared.', POSITIVE)
   inception_path: str = option(
-    '', "File of Inception weights; '' for the cache or a download.", marks=()
+    '',
+    "File of Inception weights; '' for the cache or a download.",
+    path=True,
+    marks=(),
   )
   inception_variant: str = option(
     'tensorflow',
@@ -244,6 +248,7 @@ class Evaluation(Options):
   stats_path: str = option(
     '',
     "File of reference statistics; '' for the cache, computed if missing.",
+    path=True,
     marks=(),
   )
   allow_few_samples: bool = option(
@@ -373,6 +378,8 @@ def chosen_keys(config) -> set[str]:
 def check(config) -> None:
   """Raise ValueError for a key or a value that cannot be, naming both.
 
+  In paths, ~ is replaced by the home folder.
+
   Args:
     config: a ConfigDict, or nested dicts.
   """
@@ -400,6 +407,10 @@ def check(config) -> None:
         f'{values[f"{section}.name"]!r}: use '
         f'{", ".join(sorted(key.rpartition(".")[2] for key in known))}.'
       )
+  for path, value in values.items():
+    if KEYS[path].option.path:
+      section, _, name = path.rpartition('.')
+      config[section][name] = options.expanded(KEYS[path].option, value)
 
 
 def unused(config) -> list[str]:

@@ -7,12 +7,10 @@ python -m data cache [--clear [NAME ...]]
 """
 
 import argparse
-import dataclasses
 import os
 import pathlib
 import shutil
 import sys
-import types
 
 from data import datasets, pixels, prepare, sources, toy
 from runtime.files import cache_dir, check_local
@@ -59,15 +57,10 @@ def _num_bytes(path):
 
 def _decode(args):
   """Write the decoded images of both splits of a data set into the cache."""
-  config = types.SimpleNamespace(**dataclasses.asdict(_section(args)))
-  config.keep = True
+  config = _section(args)
   for split in ('train', 'test'):
-    found = datasets.load(config, split)
+    found = datasets.load(config, split, keep=True)
     folder = sources.kept_at(config, found.fingerprint)
-    if not folder.is_dir():
-      raise ValueError(
-        f'{args.dataset} is held in memory as a whole: it needs no cache'
-      )
     print(f'{len(found)} images for {split} are in {folder}')
 
 
@@ -117,7 +110,8 @@ def _parser():
     added.set_defaults(function=function)
     add = added.add_argument
     add('dataset', nargs=nargs, metavar='NAME', choices=datasets.DATASETS)
-    add('--path', '--data_dir', default='', help='data.path')
+    path = {'type': os.path.expanduser, 'default': ''}
+    add('--path', '--data_dir', **path, help='data.path')
     add('--image_size', type=int, default=32, help='in pixels')
     add('--num_channels', type=int, default=3, help='1, 3 or 4')
     add('--background', default='white', help='data.background')

@@ -2,7 +2,8 @@
 
 `DATASETS` maps a name to a function (config, split) -> `batches.Dataset`, where
 `config` is the section `data` (see `Data`) and `split` is 'train' or 'test'. A
-new data set is one function here and one line in the table.
+new data set is one function here and one line in the table. Functions of
+`DECODED`, whose images are decoded when they are read, have an argument `keep`.
 
 Images cross to the device as uint8; there `pixels.preprocess` makes them the
 input of the model. TensorFlow is needed only to prepare the data sets of
@@ -263,7 +264,7 @@ def class_order(names):
   return sorted(names)
 
 
-def folder(config, split, *, labelled=True, last_seventh=False):
+def folder(config, split, *, labelled=True, last_seventh=False, keep=False):
   """Return the images of a folder, at any depth.
 
   Subfolders whose names say train and test (or validation), in any spelling,
@@ -277,6 +278,7 @@ def folder(config, split, *, labelled=True, last_seventh=False):
     labelled: whether subfolders can name classes.
     last_seventh: whether the last seventh of the images by name is the test
       set, as the authors of FFHQ split it. (The paper trains on all images.)
+    keep: see `sources.decoded`.
 
   Raises:
     FileNotFoundError: there are fewer than two images.
@@ -322,6 +324,7 @@ def folder(config, split, *, labelled=True, last_seventh=False):
     [number.get(file.parts[depth], 0) for file in members],
     num_classes=len(names),
     classes=names,
+    keep=keep,
   )
   return dataclasses.replace(found, notes=(*notes, *found.notes))
 
@@ -341,7 +344,7 @@ def user_images(config, path, *, key='--samples', exact=True):
     FileNotFoundError: there are no images at the path.
     ValueError: the images have another size or are damaged.
   """
-  path = pathlib.Path(path).expanduser()
+  path = pathlib.Path(path)
   size = config.image_size
   config = types.SimpleNamespace(
     dataset=key,
@@ -381,8 +384,7 @@ def user_images(config, path, *, key='--samples', exact=True):
 
 # The paper evaluates CelebA and LSUN on 'validation'. It trains on all of
 # CelebA-HQ; here the last 3,000 images are kept for tests.
-DATASETS = {
-  'cifar10': cifar10,
+DECODED = {
   'svhn': Prepared('svhn_cropped'),
   'celeba': Prepared('celeb_a', test='validation', crop=140),
   'lsun/bedroom': Prepared('lsun/bedroom', test='validation'),
@@ -392,6 +394,10 @@ DATASETS = {
   ),
   'ffhq': functools.partial(folder, labelled=False, last_seventh=True),
   'folder': folder,
+}
+DATASETS = {
+  'cifar10': cifar10,
+  **DECODED,
   'npz': npz,
   'digits': digits,
   **dict.fromkeys(toy.DISTRIBUTIONS, points),
@@ -412,6 +418,7 @@ class Data(Options):
     '',
     'File or folder of the data; empty for the default place in the cache '
     'folder.',
+    path=True,
     marks=(),
   )
   image_size: int = option(
@@ -465,7 +472,7 @@ class Data(Options):
       )
 
 
-def load(config, split):
+def load(config, split, *, keep=False):
   """Return the Dataset that a config names.
 
   Whatever is wrong with the config or the files is one line of an error here,
@@ -474,9 +481,11 @@ def load(config, split):
   Args:
     config: section `data` of the config; see `Data`.
     split: 'train' or 'test'.
+    keep: whether to write the decoded images into the cache folder.
 
   Raises:
-    ValueError: a value in the config is not possible, or a file is damaged.
+    ValueError: a value in the config is not possible, or a file is damaged; or
+      there is nothing to decode.
     FileNotFoundError: the data do not exist or are not prepared.
     ConnectionError: the data cannot be downloaded.
   """
@@ -489,7 +498,13 @@ def load(config, split):
     raise ValueError(
       f'data.num_channels {config.num_channels} is not 1, 3 or 4'
     )
-  return DATASETS[config.dataset](config, split)
+  if not keep:
+    return DATASETS[config.dataset](config, split)
+  if config.dataset not in DECODED:
+    raise ValueError(
+      f'{config.dataset} is held in memory as a whole: it needs no cache'
+    )
+  return DECODED[config.dataset](config, split, keep=True)
 
 
 def describe(train, test):

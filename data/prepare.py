@@ -103,11 +103,10 @@ class Prepared:
     """Return the data_dir and the full name of the builder."""
     default = cache_dir() / 'tensorflow_datasets'
     size = 1 << (config.image_size - 1).bit_length()
-    path = pathlib.Path(config.path or default).expanduser()
-    return path, self.builder.format(size=size)
+    return pathlib.Path(config.path or default), self.builder.format(size=size)
 
-  def __call__(self, config, split):
-    """Return the Dataset of a split, 'train' or 'test'.
+  def __call__(self, config, split, keep=False):
+    """Return the Dataset of a split, 'train' or 'test'; see `sources.decoded`.
 
     Raises:
       FileNotFoundError: the data set is not prepared.
@@ -136,6 +135,7 @@ class Prepared:
       choice=(builder.info.full_name, split, self.crop),
       num_classes=label.num_classes if label else 0,
       classes=label.names if label else (),
+      keep=keep,
     )
 
   def _find(self, config):

@@ -24,7 +24,7 @@ def read(workdir):
   Raises:
     ValueError: the file is damaged.
   """
-  path = pathlib.Path(workdir).expanduser() / FILE
+  path = pathlib.Path(workdir) / FILE
   try:
     found = json.loads(path.read_text())
     return {

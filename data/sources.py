@@ -53,7 +53,7 @@ def existing_path(config, what):
   """
   if not config.path:
     raise ValueError(f'{config.dataset}: set data.path to {what}')
-  path = pathlib.Path(config.path).expanduser()
+  path = pathlib.Path(config.path)
   if not path.exists():
     raise FileNotFoundError(
       f'{config.dataset}: data.path {path} does not exist; it should be {what}'
@@ -170,7 +170,16 @@ def fit_of(config):
 
 
 def decoded(
-  config, decode, size, *, files, choice, num_classes=0, classes=(), survey=None
+  config,
+  decode,
+  size,
+  *,
+  files,
+  choice,
+  num_classes=0,
+  classes=(),
+  survey=None,
+  keep=False,
 ):
   """Return a Dataset whose images are decoded when they are read.
 
@@ -180,8 +189,7 @@ def decoded(
   of this fingerprint as well, they are read in place of the files.
 
   Args:
-    config: section `data` of the config. If it has a true attribute `keep`,
-      which is no key, decoded images are written into the cache folder.
+    config: section `data` of the config.
     decode: function (index, **fit) -> (image, label), where `fit` holds the
       arguments of `pixels.fit_image`.
     size: number of images.
@@ -191,6 +199,7 @@ def decoded(
     classes: their names, if they have any.
     survey: function that returns notes about the files; called when they are
       decoded.
+    keep: whether decoded images are written into the cache folder.
 
   Raises:
     ValueError: an image is damaged or has more than 8 bits.
@@ -198,7 +207,7 @@ def decoded(
   fit = fit_of(config)
   shape = (config.image_size, config.image_size, config.num_channels)
   read = DecodedImages(functools.partial(decode, **fit), size, shape)
-  marker, keep = _marker(files, fit, choice), getattr(config, 'keep', False)
+  marker = _marker(files, fit, choice)
   known = _verified(marker)
   if known is None or (
     keep and not kept_at(config, known['fingerprint']).exists()

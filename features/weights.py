@@ -141,7 +141,7 @@ def load_weights(path: str | os.PathLike | None = None) -> dict[str, Any]:
     FileNotFoundError: there is no such file, or the download failed.
     ValueError: the file is damaged or has other weights.
   """
-  path = pathlib.Path(path).expanduser() if path else find_weights()
+  path = pathlib.Path(path) if path else find_weights()
   try:
     return _fold_batch_norms(read_arrays(path))
   except FileNotFoundError:

@@ -17,6 +17,7 @@ import dataclasses
 import difflib
 import math
 import numbers
+import os
 import re
 import types
 import typing
@@ -39,6 +40,7 @@ class Option:
     meaning: one sentence.
     within: interval that numbers lie in, such as '[0, 1)'; '' for any.
     choices: allowed values; empty for any.
+    path: whether it is a path, in which ~ is the home folder.
     table: names to classes, if the value is an object of such a table.
     given: whether another section owns it, so that it is not a key here.
     marks: what depends on it (see `configs.schema`); None for what its section
@@ -53,6 +55,7 @@ class Option:
   meaning: str
   within: str = ''
   choices: tuple = ()
+  path: bool = False
   table: Mapping[str, Any] | None = None
   given: bool = False
   marks: tuple[str, ...] | None = None
@@ -173,6 +176,12 @@ def problem(declared_as: Option, value) -> str:
   return ''
 
 
+def expanded(declared_as: Option, value):
+  """Return the value of an option, with the home folder for ~ in a path."""
+  is_path = declared_as.path and isinstance(value, str)
+  return os.path.expanduser(value) if is_path else value
+
+
 def float32_problem(declared_as: Option, value) -> str:
   """Return what is wrong with a float on devices, which round it, or ''.
 
@@ -259,6 +268,7 @@ def build(table, section, key, **given):
       value = section[o.name]
       if wrong := problem(o, value):
         raise ValueError(f'config.{prefix}.{o.name}={value!r} {wrong}')
+      value = expanded(o, value)
       values[o.name] = tuple(value) if isinstance(value, list) else value
   return cls(**values)
 

@@ -17,6 +17,7 @@ import run_lib
 from checkpoints.workdir import Checkpoints, read_config
 from commands import control as control_command
 from commands import stats
+from configs import schema
 from runtime import files
 from runtime.locks import lock
 from runtime.progress import Log
@@ -285,8 +286,9 @@ def test_paths_of_keys_may_begin_with_a_tilde(home, mode, key, monkeypatch):
   command = {
     'train': lambda: run_lib.train(config, home / 'run'),
     'stats': lambda: stats.stats(config, home / 'run'),
-    'eval': lambda: stats.reference(
-      config, home / 'run', lambda images: images
+    'eval': lambda: (
+      schema.check(config),
+      stats.reference(config, home / 'run', lambda images: images),
     ),
     'sample': lambda: control_command.sample(config, home / 'run'),
   }[mode]

@@ -331,5 +331,6 @@ def test_a_mask_may_be_in_the_home_folder(tmp_path, monkeypatch):
   drawn[:4] = 255
   PIL.Image.fromarray(drawn).save(tmp_path / 'mask.png')
   config = tiny.get_config(control__name='inpaint', control__mask='~/mask.png')
+  config = experiment.build(config).config
   operator = control._build(control.OPERATORS, config, 'name')
   np.testing.assert_array_equal(operator.pixels((8, 8)), drawn > 0)

@@ -660,3 +660,26 @@ def test_keys_of_two_types_take_both():
     assert config.control.label == label
   config.eval.checkpoint = 4
   schema.check(config)
+
+
+def test_paths_may_begin_with_a_tilde(monkeypatch):
+  """All keys that name files or folders; checking replaces it."""
+  monkeypatch.setenv('HOME', '/home/me')
+  config = tiny.get_config(control__name='inpaint')
+  paths = {path for path, key in schema.KEYS.items() if key.option.path}
+  assert paths == {
+    'control.classifier_workdir',
+    'control.images',
+    'control.mask',
+    'control.weak_workdir',
+    'data.path',
+    'eval.inception_path',
+    'eval.stats_path',
+    'training.begin_with',
+  }
+  for path in paths | {'eval.extractor'}:
+    schema.override(config, path, '~/a')
+  schema.check(config)
+  values = dict(schema.leaves(config))
+  assert {values[path] for path in paths} == {'/home/me/a'}
+  assert config.eval.extractor == '~/a'  # It is no path.

@@ -169,8 +169,3 @@ def test_record_of_the_test_data(tmp_path):
   with pytest.raises(ValueError, match='other test data'):
     record.check(tmp_path, train, numbered(3))
   record.check(tmp_path, train, numbered(3), allow_other=True)
-
-
-def test_a_record_in_the_home_folder(folders, run, monkeypatch):
-  monkeypatch.setenv('HOME', str(run.parent))
-  assert record.classes(f'~/{run.name}') == ('cat', 'dog')
