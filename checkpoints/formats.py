@@ -46,6 +46,7 @@ class Released:
     adam_mu: first moments of Adam, with the shapes of `params`, or None.
     adam_nu: second moments of Adam, likewise.
     adam_count: number of updates that Adam has made.
+    classes: names of the classes, if the file has them.
   """
 
   step: int
@@ -54,6 +55,7 @@ class Released:
   adam_mu: typing.Any = None
   adam_nu: typing.Any = None
   adam_count: int = 0
+  classes: tuple[str, ...] = ()
 
 
 def load(path, network, shape) -> Released:
@@ -82,10 +84,11 @@ def load(path, network, shape) -> Released:
     read = _read_msgpack
   try:
     fields = read(path, shapes)
+    classes = fields.pop('classes', ())
     for key, value in fields.items():
       flat = isinstance(value, dict)
       fields[key] = _fit(path, value, shapes) if flat else int(value)
-    return Released(**fields)
+    return Released(**fields, classes=classes)
   except (AttributeError, IndexError, KeyError, TypeError) as error:
     # A file with another layout can raise any of these.
     raise ValueError(
@@ -127,23 +130,26 @@ def optimizer_state(optimizer, released):
 # ----------------------------------------------------------------- export
 
 
-def export(path, config_json, ema_params, step=0):
+def export(path, config_json, ema_params, step=0, classes=()):
   """Write averaged parameters to a safetensors file, with config and step.
 
-  The tensors are named by their path in the pytree, joined by dots. Config and
-  step are in the metadata of the file, which is written atomically.
+  The tensors are named by their path in the pytree, joined by dots. All else is
+  in the metadata of the file, which is written atomically.
 
   Args:
     path: path of the file.
     config_json: the config of the run as JSON text.
     ema_params: pytree of arrays.
     step: number of training steps taken.
+    classes: names of the classes, if there are any.
   """
   tensors = {
     '.'.join(name): np.ascontiguousarray(value)
     for name, value in traverse_util.flatten_dict(ema_params).items()
   }
   metadata = {'config': config_json, 'step': str(int(step))}
+  if classes:
+    metadata['classes'] = json.dumps(classes)
   with atomic(path) as part:
     try:
       safetensors.numpy.save_file(tensors, part, metadata)
@@ -235,10 +241,15 @@ def _read_safetensors(path, shapes):
     keys, metadata = file.keys(), file.metadata() or {}
     flat = {tuple(key.split('.')): file.get_tensor(key) for key in keys}
   step = metadata.get('step', '')
+  try:
+    classes = tuple(map(str, json.loads(metadata.get('classes', '[]'))))
+  except (ValueError, TypeError, RecursionError):
+    raise ValueError(f'{path} has damaged names of classes.') from None
   return {
     'step': int(step) if step.isdecimal() else 0,
     'params': flat,
     'ema_params': dict(flat),
+    'classes': classes,
   }
 
 

@@ -6,6 +6,7 @@ images at another temperature.
 """
 
 import dataclasses
+import pathlib
 
 import jax
 import numpy as np
@@ -15,8 +16,8 @@ import likelihood
 from commands import trained
 from data import datasets
 from reporting import pictures
-from runtime.devices import each_its_part
-from runtime.files import save_npz, write_json
+from runtime.devices import each_its_part, on_first_host
+from runtime.files import check_output, save_npz, write_json
 from runtime.progress import Progress, say
 
 WEIGHTS = np.linspace(0, 1, 10)  # of the second image of a pair
@@ -123,6 +124,8 @@ def encode(config, workdir):
     FileNotFoundError, ValueError: there is no such checkpoint or data.
     FloatingPointError: the ODE solver failed.
   """
+  latent = pathlib.Path(workdir) / 'latent'
+  on_first_host(check_output, latent)
   run = trained.restore(config, workdir)
   test_set = datasets.load(config.data, 'test')
   count = min(config.sampling.num_samples, len(test_set))
@@ -142,7 +145,7 @@ def encode(config, workdir):
   if jax.process_index():
     return
   name = f'{run.name}-{test_set.fingerprint[:8]}-{count}'
-  folder = run.workdir / 'latent' / name
+  folder = latent / name
   save_npz(
     folder / 'codes.npz',
     images=images,

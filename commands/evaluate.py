@@ -41,8 +41,15 @@ from runtime.devices import (
   check_divisible,
   local_rows,
   make_layout,
+  on_first_host,
 )
-from runtime.files import digest, load_npz, save_npz, write_json
+from runtime.files import (
+  check_output,
+  digest,
+  load_npz,
+  save_npz,
+  write_json,
+)
 from runtime.progress import Progress, say
 from solvers import ode
 
@@ -404,6 +411,7 @@ def evaluate(config, workdir, eval_folder='eval'):
   model, layout = experiment.build(config), make_layout()
   workdir, chosen = pathlib.Path(workdir), config.eval
   check_divisible(chosen.batch_size, 'config.eval.batch_size')
+  on_first_host(check_output, workdir / eval_folder)
   with Checkpoints(workdir) as saved:
     steps = saved.select(chosen.checkpoint)  # Says at once if there is none.
     if chosen.ema_length:
@@ -463,10 +471,11 @@ def evaluate_images(config, workdir, path, eval_folder='eval'):
   file, and a hash of its images and of what they are compared with.
   """
   schema.check(config)
+  out = pathlib.Path(workdir) / eval_folder
+  on_first_host(check_output, out)
   images = datasets.user_images(config.data, path)
   judge = Judge.of(config, workdir, len(images))
   extract, batch = judge.extract, config.eval.batch_size
-  out = pathlib.Path(workdir) / eval_folder
   whole_name = pathlib.Path(path).resolve().name
   key = digest(images.fingerprint, batch)[:8]
   folder = out / f'images_{whole_name}-{key}'

@@ -11,7 +11,8 @@ import run_lib
 from checkpoints import diffusers, formats
 from checkpoints.workdir import Checkpoints
 from commands import trained
-from runtime.files import atomic, to_json
+from data import record
+from runtime.files import atomic, check_output, to_json
 from runtime.progress import say
 
 
@@ -32,6 +33,7 @@ def import_released(config, workdir, path):
   model = experiment.build(config)
   if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
     raise ValueError(f'{workdir} exists already: choose another --workdir.')
+  check_output(workdir.parent)
   found = formats.load(path, model.network, model.shape(1))
   state = run_lib.TrainState(
     np.int32(found.step),
@@ -45,6 +47,8 @@ def import_released(config, workdir, path):
     with Checkpoints(part, keep_every=1) as saved:
       saved.save(int(found.step), run_lib.without_ema(state), state.ema)
       saved.wait()
+    if found.classes:
+      record.write_classes(part, found.classes)
   say(f'{path} is checkpoint {found.step} of {workdir}.')
 
 
@@ -69,6 +73,7 @@ def export(config, workdir, path):
   path = pathlib.Path(path)
   if path.exists():
     raise ValueError(f'{path} exists already: choose another --output.')
+  check_output(path)
   model, to_file = experiment.build(config), path.suffix == '.safetensors'
   if not to_file:
     diffusers.check(model)
@@ -76,7 +81,8 @@ def export(config, workdir, path):
   ema = jax.tree.map(np.asarray, run.params)
   if to_file:
     text = to_json(experiment.json_of(config))
-    formats.export(path, text, ema, step=run.step)
+    classes = record.classes(workdir)
+    formats.export(path, text, ema, step=run.step, classes=classes)
     note = ''
   else:
     pipeline = diffusers.export(path, run.model, ema)

@@ -1,11 +1,14 @@
 """The mode `sample` without a control: samples, and the way to them."""
 
+import pathlib
+
 import jax
 import numpy as np
 
 from commands import trained
 from reporting import pictures
-from runtime.files import save_npz
+from runtime.devices import on_first_host
+from runtime.files import check_output, save_npz
 from runtime.progress import say
 
 
@@ -41,6 +44,7 @@ def sample(config, workdir):
   float32 `frames` [F, B, ...] at `frame_times` [F], and as pictures
   step_N-HASH-COUNT-F_frames.png and .gif, beside step_N-HASH-COUNT-F.npz.
   """
+  on_first_host(check_output, pathlib.Path(workdir) / 'samples')
   run = trained.restore(config, workdir)
   model, count = run.model, config.sampling.num_samples
   size = trained.batch_size(config, count)

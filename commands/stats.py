@@ -19,8 +19,8 @@ from configs import schema
 from data import datasets
 from features import statistics
 from features.extract import extractor, features_of, identity_of, variant_of
-from runtime.devices import all_hosts, barrier
-from runtime.files import cache_dir
+from runtime.devices import all_hosts, barrier, on_first_host
+from runtime.files import cache_dir, check_output
 from runtime.progress import Progress, say
 
 CHUNK = 2_500  # Images between two saves.
@@ -97,9 +97,11 @@ def stats(config, workdir, extract=None):
   extract = extract or extractor(config.eval)
   path = _path(config, dataset, extract)
   _check_same(path, dataset, extract)
+  folder = pathlib.Path(workdir) / 'stats'
+  for output in (folder, path.parent):
+    on_first_host(check_output, output)
   chunks = _chunks(len(dataset))
   key = f'{dataset.fingerprint[:16]}-{identity_of(extract)}'
-  folder = pathlib.Path(workdir) / 'stats'
   paths = [folder / f'{key}-{start}_{stop}.npz' for start, stop in chunks]
   _compute_chunks(dataset, extract, chunks, paths)
   barrier('stats')

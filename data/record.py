@@ -1,7 +1,8 @@
 """What a run was trained on: the file trained_on.json of its workdir.
 
 It holds the fingerprints of the training and test images, and the names of the
-classes. A path is no identity: the images behind it can change.
+classes. A path is no identity: the images behind it can change. That of an
+imported run holds the names alone.
 """
 
 import json
@@ -28,7 +29,7 @@ def read(workdir):
   try:
     found = json.loads(path.read_text())
     return {
-      **{split: dict(found[split]) for split in _SPLITS},
+      **{split: dict(found[split]) for split in _SPLITS if split in found},
       'classes': tuple(map(str, found['classes'])),
     }
   except FileNotFoundError:
@@ -54,11 +55,9 @@ def check(workdir, train, test, *, allow_other=False):
     allow_other: whether other data are allowed.
   """
   known = read(workdir)
-  if not known:
-    return
   for split, dataset in (('train', train), ('test', test)):
-    before, now = known[split], _fingerprints(dataset)
-    if before == now:
+    before, now = known.get(split), _fingerprints(dataset)
+    if before in (None, now):
       continue
     line = (
       f'{workdir} was trained with other {_SPLITS[split]} '
@@ -82,3 +81,8 @@ def write(workdir, train, test):
     'classes': list(train.classes),
   }
   write_json(pathlib.Path(workdir) / FILE, value)
+
+
+def write_classes(workdir, classes):
+  """Write the record of a run of which the names of the classes are known."""
+  write_json(pathlib.Path(workdir) / FILE, {'classes': list(classes)})

@@ -10,6 +10,7 @@ import pathlib
 import re
 import secrets
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -77,7 +78,31 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
 
 def _file_above(path):
   """Return what is above a path and is no folder."""
-  return next(p for p in path.parents if p.exists() and not p.is_dir())
+  return next(p for p in path.parents if os.path.lexists(p) and not p.is_dir())
+
+
+def check_output(folder: str | os.PathLike) -> None:
+  """Raise OSError unless a folder, or a new file, can be written.
+
+  What takes long should find this out first. Nothing is left behind.
+
+  Example:
+    >>> check_output('/proc/results')
+    Traceback (most recent call last):
+      ...
+    OSError: /proc/results cannot be written: No such file or directory.
+  """
+  folder = pathlib.Path(folder)
+  above = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
+  if not above.is_dir():
+    raise NotADirectoryError(
+      f'{folder} cannot be written: {above} is no folder.'
+    )
+  try:
+    with tempfile.TemporaryFile(dir=above) as file:
+      file.write(b'0')
+  except OSError as error:
+    raise OSError(f'{folder} cannot be written: {error.strerror}.') from None
 
 
 def _flush(path):
@@ -216,6 +241,8 @@ def _read_array(stream, size):
     (2, 0): np.lib.format.read_array_header_2_0,
   }[np.lib.format.read_magic(stream)]
   shape, _, dtype = header(stream)
+  if dtype.hasobject:
+    raise ValueError('it holds Python objects, which are not read')
   if math.prod(shape) * dtype.itemsize > size - stream.tell():
     raise ValueError(f'an array of {shape} {dtype} is cut short')
   stream.seek(0)

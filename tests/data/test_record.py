@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
+import experiment
 import run_lib
 from checkpoints.workdir import Checkpoints
-from commands import control, evaluate, sample
+from commands import control, evaluate, exchange, sample
 from data import record
 from runtime.files import load_npz
 from tests import tiny
@@ -90,6 +91,17 @@ def test_a_class_by_its_name(folders, run):
     changes = {'control__name': 'labels', 'control__label': label}
     with pytest.raises(ValueError, match=f'label={label!r} is no class of 2'):
       control.sample(config(folders / 'a', 2, **changes), run)
+
+
+def test_an_imported_run_knows_the_names_of_its_classes(folders, run, tmp_path):
+  made, file = config(folders / 'a', 2), tmp_path / 'a.safetensors'
+  exchange.export(made, run, file)
+  exchange.import_released(made, tmp_path / 'new', file)
+  assert record.classes(tmp_path / 'new') == ('cat', 'dog')
+  record.check(tmp_path / 'new', numbered(4), numbered(2))
+  made = config(folders / 'a', 2, control__name='labels', control__label='dog')
+  task = control.label_task(experiment.build(made), tmp_path / 'new')
+  assert set(task.rows['label']) == {1}
 
 
 def test_numbers_that_are_names():
