@@ -28,6 +28,13 @@ from runtime.files import cache_dir, check_local, make_cache_dir
 from runtime.progress import say
 
 FLAGS = flags.FLAGS
+# Flags that one mode alone reads.
+MODE_OF = {
+  'samples': 'eval',
+  'eval_folder': 'eval',
+  'checkpoint': 'import',
+  'output': 'export',
+}
 MODES = {
   'train': lambda config: run_lib.train(config, FLAGS.workdir),
   'eval': lambda config: _evaluate(config),
@@ -86,6 +93,8 @@ def _evaluate(config):
 
 def _sample(config):
   command = control if config.control.name else sample
+  if not config.control.name:
+    control.check_no_label(config)
   command.sample(config, FLAGS.workdir)
 
 
@@ -181,6 +190,18 @@ def divide_cores(config):
     say(f'{count} devices of {num_cores()} cores (--cpu_devices).')
 
 
+def _check_modes():
+  """Raise flags.Error for a flag that the mode does not read."""
+  for name, mode in MODE_OF.items():
+    if FLAGS[name].present and FLAGS.mode != mode:
+      hint = ''
+      if name == 'checkpoint':
+        hint = '; config.eval.checkpoint chooses one of a run'
+      raise flags.Error(
+        f'--{name} is for --mode {mode}, not {FLAGS.mode}: leave it out{hint}.'
+      )
+
+
 def _check_processes():
   """Raise flags.Error for numbers of processes that cannot be."""
   number, count = FLAGS.process_id, FLAGS.num_processes
@@ -215,6 +236,7 @@ def parse(argv):
       for name in ('mode', 'workdir'):
         if not FLAGS[name].value:
           raise flags.Error(f'--{name} is missing; see --help.')
+      _check_modes()
       _check_processes()
   except flags.Error as error:
     unknown = getattr(error, 'flagname', '')

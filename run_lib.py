@@ -50,6 +50,7 @@ from runtime.devices import (
   spread,
   to_global,
 )
+from runtime.files import check_output
 from runtime.locks import lock
 from runtime.progress import Log, Progress, say
 
@@ -96,8 +97,6 @@ def make_init(model, layout):
   def place():
     begin = model.config.training.begin_with
     if begin:
-      choice = f'training.begin_with={begin!r}'
-      check_run(begin, choice, 'name the workdir of a trained run')
       params = restore_arrays(begin, model.abstract_params())
     else:
       params = model.init_params(jax.random.key(model.config.seed))
@@ -667,6 +666,34 @@ def without_ema(state):
   return {k: v for k, v in state._asdict().items() if k not in averages}
 
 
+def _check_begin(model):
+  """Check the run that config.training.begin_with names.
+
+  Raises:
+    FileNotFoundError, ValueError: there is none, or it has other parameters.
+  """
+  begin = model.config.training.begin_with
+  if not begin:
+    return
+  choice = f'training.begin_with={begin!r}'
+  check_run(begin, choice, 'name the workdir of a trained run')
+  other = experiment.build(experiment.run_config(begin))
+  shapes = [
+    jax.tree.map(lambda v: v.shape, m.abstract_params()) for m in (model, other)
+  ]
+  if shapes[0] != shapes[1]:
+    raise ValueError(
+      f'config.{choice} is a run of another network than config.model, or its '
+      'loss has other parameters: choose the same config.model.'
+    )
+  ours, theirs = (
+    f'{m.sde}, {m.conditioning} and data.centered={m.config.data.centered}'
+    for m in (model, other)
+  )
+  if ours != theirs:
+    say(f'warning: config.{choice} was trained with {theirs}, not {ours}.')
+
+
 def restore_or_init(model, layout, saved):
   """Return (state, steps taken): of the last checkpoint, or a new one."""
   if saved.last is None:
@@ -743,6 +770,7 @@ def train(config, workdir):
   """
   begun = time.monotonic()
   training, workdir = config.training, pathlib.Path(workdir)
+  on_first_host(check_output, workdir)
   model, train_set, test_set = _prepare(config, workdir)
   layout, end = make_layout(), training.n_iters
   with contextlib.ExitStack() as stack:
@@ -751,6 +779,8 @@ def train(config, workdir):
       Checkpoints(workdir, keep_every=training.snapshot_freq, fall_back=True)
     )
     interrupt = stack.enter_context(_Interrupt())
+    if saved.last is None:
+      _check_begin(model)
     ahead = (saved.last or 0) < end
     train_steps = make_train_steps(model, layout, ahead)
     state, start = restore_or_init(model, layout, saved)

@@ -32,7 +32,8 @@ from controllable_generation import (
 from data import datasets, pixels, record, sources
 from reporting.pictures import save_samples
 from runtime import options
-from runtime.files import digest, save_npz
+from runtime.devices import on_first_host
+from runtime.files import check_output, digest, save_npz
 from runtime.progress import say
 
 
@@ -159,6 +160,7 @@ def _class_task(config, guidance, classes, names, **shared):
   """
   count = config.sampling.num_samples
   if not classes:
+    check_no_label(config)
     return ClassTask(
       rows={}, shared=shared, guidance=guidance, columns=None, num_samples=count
     )
@@ -174,6 +176,17 @@ def _class_task(config, guidance, classes, names, **shared):
     columns=None if one else classes,
     num_samples=count,
   )
+
+
+def check_no_label(config):
+  """Raise ValueError for a class that would have no effect."""
+  if str(config.control.label) != '-1':
+    raise ValueError(
+      f'config.control.label={config.control.label!r} has no effect on this '
+      f'network with config.control.name={config.control.name!r}: leave it '
+      "out, or use 'labels' with a network that is told classes, else "
+      "'classifier'."
+    )
 
 
 def label_task(model, workdir):
@@ -412,6 +425,7 @@ def _originals(config):
 def inverse_task(model, workdir):
   """Return the task of reconstructing images from measurements."""
   del workdir
+  check_no_label(model.config)
   operator, method = inverse_problem(model)
   config, centered = model.config, model.config.data.centered
   originals = _originals(config)
@@ -482,6 +496,8 @@ def sample(config, workdir):
     ValueError: the control cannot run.
     FloatingPointError: samples diverged.
   """
+  folder = pathlib.Path(workdir) / 'samples'
+  on_first_host(check_output, folder)
   model = experiment.build(config)
   task = make_task(model, workdir)
   run = trained.restore(config, workdir, model)
@@ -491,7 +507,7 @@ def sample(config, workdir):
   arrays, grid, columns = task.present(images)
   if jax.process_index() == 0:
     name = f'{config.control.name}-{run.name}-{task.identity}'
-    path = pathlib.Path(workdir) / 'samples' / f'{name}.npz'
+    path = folder / f'{name}.npz'
     save_npz(path, **arrays, nfe=np.int32(nfe))
     save_samples(path.with_suffix('.png'), grid, columns=columns)
     say(f'{int(nfe)} NFE each: {path} and .png.')

@@ -361,6 +361,10 @@ def user_images(config, path, *, key='--samples', exact=True):
         'only images of one size can be compared, so resize them first'
       )
 
+  if path.suffix.lower() in sources.IMAGE_SUFFIXES and path.is_file():
+    raise ValueError(
+      f'{key} {path} is an image: name the folder that it is in, or an .npz.'
+    )
   if path.is_file():
     images, labels, _ = sources.read_npz(path, 'all')
     check_size(images.shape[1:3], path)

@@ -29,7 +29,7 @@ from runtime.files import (
   load_arrays,
   write_json,
 )
-from runtime.progress import Progress
+from runtime.progress import Progress, say
 
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
 # Those of the suffixes, and no others: PIL runs a program to read PostScript.
@@ -540,6 +540,12 @@ def read_npz(path, split):
     members = split_indices(len(images), split)
     images, labels = images[members], labels[members]
   num_classes = 1 + int(max(y.max(initial=0) for y in ys)) if ys else 0
+  least = min((int(y.min()) for y in ys if y.size), default=0)
+  if least and split == 'train':
+    say(
+      f'warning: {path} has no images of classes below {least}: labels are '
+      'counted from 0.'
+    )
   return images, labels, num_classes
 
 

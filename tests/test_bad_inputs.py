@@ -83,6 +83,10 @@ COMMAND_LINE = f"""
 {TRAIN} --process_id=-1 => --process_id
 {TRAIN} --coordinator=auto --num_processes=2 => --num_processes=2|leave it out
 {TRAIN} --coordinator=auto => --coordinator=auto|--process_id
+{TRAIN} --output=a.safetensors => --output|--mode export
+{RUN}sample --samples=photos => --samples|--mode eval
+{RUN}eval --checkpoint=8 => --checkpoint|config.eval.checkpoint
+{RUN}encode --eval_folder=eval2 => --eval_folder|--mode eval
 """
 # Object stores are refused wherever a path is taken.
 ADDRESSES = f"""
@@ -220,6 +224,7 @@ DATA = f"""
 {NPZ}empty_file.npz => empty_file.npz
 {NPZ}cut.npz => cut.npz
 {NPZ}pickled.npz => pickled.npz
+{NPZ}pickled.npz => Python objects
 {NPZ}names.npz => names.npz
 {NPZ}flat.npz => flat.npz
 {NPZ}range.npz => range.npz
@@ -259,6 +264,7 @@ DATA = f"""
 {RUN}eval --samples=empty => empty
 {RUN}eval --samples=text.txt => text.txt
 {RUN}eval --samples=large => 0.png|data.image_size
+{RUN}eval --samples=photos/0.png => --samples|photos/0.png|folder
 """
 CHECKPOINTS = f"""
 {IMPORT} => --checkpoint
@@ -275,9 +281,10 @@ CHECKPOINTS = f"""
 {IMPORT}other.safetensors => other.safetensors
 --config={TINY} --mode=import --workdir=run --checkpoint=other => run
 --config={TINY} --mode=import --workdir=text.txt --checkpoint=other => text.txt
+--config={TINY} --mode=import --workdir=text.txt/a --checkpoint=other => text.t
 {RUN}export => --output
 {RUN}export --output=/proc/a.safetensors => /proc/a.safetensors
-{RUN}export --output=text.txt/a.safetensors => text.txt/a|text.txt is
+{RUN}export --output=text.txt/a.safetensors => text.txt/a|text.txt is no folder
 {RUN}export --output=out => diffusers
 """
 WORKDIRS = f"""
@@ -317,6 +324,13 @@ WORKDIRS = f"""
 {CONTROL}deblur => config.control.method
 {CONTROL}inpaint --config.control.method=dps => config.control.noise_std
 {RUN}encode --config.sampling.num_samples=0 => config.sampling.num_samples=0
+{RUN}sample --config.control.label=3 => config.control.label='3'
+{CONTROL}inpaint --config.control.label=3 => config.control.label='3'
+{CONTROL}autoguidance --config.control.label=3 => config.control.label='3'
+{CONTROL}inpaint --config.control.images=photos/0.png => control.images|folder
+{TRAIN} --config.training.begin_with=none => training.begin_with='none'
+{TRAIN} --config.training.begin_with=run --config.model.nf=16 => begin_with
+{TRAIN} --config.training.begin_with=damaged_config => damaged_config
 """
 
 
@@ -330,7 +344,23 @@ def cases(table):
   ]
 
 
+# Places that nothing can be written to, which is said before any work.
+OUTPUTS = f"""
+--config={TINY} --mode=train --workdir=/proc/run => /proc/run cannot be written
+--workdir=no_room --mode=sample => no_room/samples is no folder
+--workdir=no_room --mode=encode => no_room/latent is no folder
+--workdir=no_room --mode=eval => no_room/eval is no folder
+--workdir=no_room --mode=eval --samples=photos => no_room/eval is no folder
+{RUN}eval --eval_folder=/proc/eval => /proc/eval cannot be written
+--workdir=no_room --mode=sample --config.control.name=inpaint => no_room/samples
+--workdir=run --mode=export --output=/proc/a/b.safetensors => /proc/a/b
+--config={TINY} --mode=import --workdir=/proc/a/b --checkpoint=other => /proc/a
+{STATS}eval.stats_path=text.txt/s --config.eval.extractor=json:dumps => text.txt
+--mode=stats --workdir=no_room --config.eval.extractor=json:dumps => no_room/st
+"""
+
 TABLES = {
+  'outputs': OUTPUTS,
   'command_line': COMMAND_LINE,
   'addresses': ADDRESSES,
   'values': VALUES,
@@ -444,6 +474,9 @@ def _write_workdirs(folder):
     saved.save(4, run_lib.without_ema(zeros), zeros.ema, loss=1.0)
     saved.wait()
   shutil.copytree(folder / 'run', folder / 'damaged_run')
+  shutil.copytree(folder / 'run', folder / 'no_room')
+  for name in ('samples', 'latent', 'eval', 'stats'):
+    (folder / 'no_room' / name).write_text('a file')
   for path in (folder / 'damaged_run').rglob('*'):
     if path.is_file() and path.parts[-2] == 'd':
       path.write_bytes(b'damaged')

@@ -259,8 +259,9 @@ def test_paths_of_flags_may_begin_with_a_tilde(home, flag):
   import main
 
   flags.FLAGS.unparse_flags()
+  mode = main.MODE_OF.get(flag, 'train')
   main.parse(
-    ['main.py', '--mode=train', '--workdir=w', f'--{flag}=~/a/b.safetensors']
+    ['main.py', f'--mode={mode}', '--workdir=w', f'--{flag}=~/a/b.safetensors']
   )
   assert flags.FLAGS[flag].value == f'{home}/a/b.safetensors'
 
