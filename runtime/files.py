@@ -169,6 +169,10 @@ def load_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
   return arrays
 
 
+# What may be reserved without thought.
+SMALL = 2**16
+
+
 class Bounded:
   """A binary stream that reserves no more memory than it has bytes.
 
@@ -183,6 +187,8 @@ class Bounded:
 
   def read(self, size=-1):
     """Return the next bytes: `size` of them, or as many as there are."""
+    if size is not None and 0 <= size <= SMALL:  # Without asking where it is.
+      return self._stream.read(size)
     left = max(self._size - self._stream.tell(), 0)
     whole = size is None or size < 0
     return self._stream.read(left if whole else min(size, left))
