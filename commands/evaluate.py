@@ -471,6 +471,7 @@ def evaluate_images(config, workdir, path, eval_folder='eval'):
   file, and a hash of its images and of what they are compared with.
   """
   schema.check(config)
+  stats.check_images(config)
   out = pathlib.Path(workdir) / eval_folder
   on_first_host(check_output, out)
   images = datasets.user_images(config.data, path)

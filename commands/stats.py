@@ -28,6 +28,15 @@ BATCH = 256  # Images that are read at once.
 NUM_FEATURES = 10_000  # Features that are kept for metrics of neighbours.
 
 
+def check_images(config):
+  """Raise ValueError for data of points, of which there are no features."""
+  if config.data.dims:
+    raise ValueError(
+      f'config.data.dataset={config.data.dataset!r} holds points: only images '
+      'have statistics of features. --mode eval compares points.'
+    )
+
+
 def _path(config, dataset, extract):
   """Return the path of the statistics of a data set."""
   if config.eval.stats_path:
@@ -93,6 +102,7 @@ def stats(config, workdir, extract=None):
     extract: a feature extractor; None for that of the config.
   """
   schema.check(config)
+  check_images(config)
   dataset = datasets.load(config.data, 'train')
   extract = extract or extractor(config.eval)
   path = _path(config, dataset, extract)

@@ -253,6 +253,8 @@ DATA = f"""
 {FOLDER}damaged => 1.png
 {FOLDER}deep => 1.png
 {TRAIN} --config.data.dataset=cifar10 --config.data.path=photos => photos
+--config={RINGS} --mode=stats --workdir=new => config.data.dataset='toy/rings'
+--config={RINGS} --mode=eval --workdir=new --samples=photos => toy/rings
 {STATS}eval.extractor=none => config.eval.extractor='none'
 {STATS}eval.extractor=os:none => config.eval.extractor='os:none'
 {STATS}eval.extractor=json:none => config.eval.extractor='json:none'
