@@ -687,17 +687,31 @@ class Consistency(Objective):
   num_keys = 2
 
   ect_q: float = option(
-    2.0, 'Factor q by which the gap of consistency shrinks.', '(1, inf)'
+    2.0,
+    'Factor q by which the gap of consistency shrinks.',
+    '(1, inf)',
+    marks=OF_LOSS,
   )
-  ect_stages: int = option(8, 'Stages in which it shrinks.', '[1, 1000]')
+  ect_stages: int = option(
+    8, 'Stages in which it shrinks.', '[1, 1000]', marks=OF_LOSS
+  )
   ect_k: float = option(
-    8.0, 'Further width k of the gap at low noise.', '[0, inf)'
+    8.0,
+    'Further width k of the gap at low noise.',
+    '[0, inf)',
+    marks=OF_LOSS,
   )
   ect_b: float = option(
-    1.0, 'Decay b of this width with the noise.', '[0, inf)'
+    1.0,
+    'Decay b of this width with the noise.',
+    '[0, inf)',
+    marks=OF_LOSS,
   )
   ect_c: float = option(
-    0.0, 'Distance c below which the loss is quadratic.', '[0, inf)'
+    0.0,
+    'Distance c below which the loss is quadratic.',
+    '[0, inf)',
+    marks=OF_LOSS,
   )
 
   def check(self, sde):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import experiment
+import losses
 from configs import schema
 from runtime import files, options
 from tests import tiny
@@ -683,3 +684,11 @@ def test_paths_may_begin_with_a_tilde(monkeypatch):
   values = dict(schema.leaves(config))
   assert {values[path] for path in paths} == {'/home/me/a'}
   assert config.eval.extractor == '~/a'  # It is no path.
+
+
+def test_results_depend_on_all_that_the_test_loss_depends_on():
+  """The options of what a loss consists of, besides those of training alone."""
+  of_training = {'noise', 'uncertainty'}
+  for option, _ in schema._walk(losses.ScoreMatching):
+    marks = schema.KEYS[f'training.{option.name}'].marks
+    assert ('samples' in marks) == (option.name not in of_training), option.name
