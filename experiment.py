@@ -550,6 +550,14 @@ def _check(model):
       'of convolutions, and Adam updates all else.',
       stacklevel=3,
     )
+  chosen = config.sampling.method, training.objective
+  if chosen[0] == 'consistency' != chosen[1]:
+    warnings.warn(
+      f'config.sampling.method={chosen[0]!r} needs a network that was trained '
+      f"with config.training.objective='consistency', not {chosen[1]!r}: "
+      'samples will be blurred means.',
+      stacklevel=3,
+    )
   for key in ('log_freq', 'eval_freq', 'checkpoint_freq', 'snapshot_freq'):
     steps = training.n_jitted_steps
     if training[key] % steps:
