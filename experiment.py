@@ -758,7 +758,7 @@ def load_config(path) -> ml_collections.ConfigDict:
   try:
     spec.loader.exec_module(module)
     config = module.get_config()
-  except Exception as error:  # It is a program of the user.
+  except (Exception, SystemExit) as error:  # It is a program of the user.
     frames = traceback.extract_tb(error.__traceback__)
     line = next(
       (f.lineno for f in frames[::-1] if f.filename == spec.origin),

@@ -11,7 +11,9 @@ all keys.
 import ast
 import contextlib
 import os
+import re
 import signal
+import socket
 import sys
 import threading
 import warnings
@@ -159,7 +161,8 @@ def join_hosts():
   """Let the hosts that the flags speak of find each other.
 
   Raises:
-    ValueError: JAX does not find out which hosts belong together.
+    ValueError: JAX does not find out which hosts belong together, or no host
+      has the name of the coordinator.
   """
   several_tasks = int(os.environ.get('SLURM_STEP_NUM_TASKS', '1')) > 1
   if FLAGS.coordinator == 'auto' or (several_tasks and not FLAGS.coordinator):
@@ -171,6 +174,11 @@ def join_hosts():
         'slice, use --coordinator HOST:PORT, --num_processes and --process_id.'
       ) from error
   elif FLAGS.coordinator:
+    host, _, port = FLAGS.coordinator.rpartition(':')
+    try:  # JAX would wait for minutes, or abort.
+      socket.getaddrinfo(host.strip('[]'), port)
+    except OSError as error:
+      raise ValueError(f'--coordinator={FLAGS.coordinator}: {error}') from None
     jax.distributed.initialize(
       FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id
     )
@@ -219,6 +227,14 @@ def _check_processes():
     raise flags.Error(
       f'--num_processes={count} needs --coordinator HOST:PORT, or each process '
       'works alone.'
+    )
+  address = re.fullmatch(r'.+:([0-9]{1,5})', FLAGS.coordinator)
+  if FLAGS.coordinator not in ('', 'auto') and not (
+    address and 0 < int(address[1]) < 2**16
+  ):
+    raise flags.Error(
+      f'--coordinator={FLAGS.coordinator} needs to be HOST:PORT, with a port '
+      'from 1 to 65535.'
     )
   if count > 1 and FLAGS.coordinator == 'auto':
     raise flags.Error(

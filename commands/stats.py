@@ -40,7 +40,12 @@ def check_images(config):
 def _path(config, dataset, extract):
   """Return the path of the statistics of a data set."""
   if config.eval.stats_path:
-    return pathlib.Path(config.eval.stats_path)
+    path = pathlib.Path(config.eval.stats_path)
+    if path.is_dir():
+      raise IsADirectoryError(
+        f'config.eval.stats_path={path} is a folder: name a file in it.'
+      )
+    return path
   name = (
     f'{dataset.name.replace("/", "_")}_{config.data.image_size}_'
     f'{identity_of(extract)}_{dataset.fingerprint[:16]}.npz'

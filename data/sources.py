@@ -527,9 +527,9 @@ def read_npz(path, split):
     x, y = ('images', 'labels') if 'images' in arrays else ('arr_0', 'arr_1')
     ys = [y] if y in arrays else []
   if x not in arrays:
+    splits = '' if split == 'all' else 'x_train and x_test, or '
     raise ValueError(
-      f'{path} holds {sorted(arrays)}: name the images x_train and x_test, or '
-      'images, or arr_0'
+      f'{path} holds {sorted(arrays)}: name the images {splits}images, or arr_0'
     )
   images = uint8_images(arrays[x], f'{path}:{x}')
   labels = np.zeros(len(images), np.int32)

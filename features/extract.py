@@ -131,7 +131,7 @@ def _shown(function):
       outputs = jax.tree.map(np.asarray, function(images))
       values = [np.float64(v).ravel() for v in jax.tree.leaves(outputs)]
       found += [[f'{v:.4g}' for v in some] for some in values]
-    except Exception as error:  # It may take images of another shape only.
+    except (Exception, SystemExit) as error:  # It may take another shape only.
       found.append(type(error).__name__)
   return found
 
@@ -156,7 +156,7 @@ def find_extractor(name: str) -> Extract:
     source = pathlib.Path(module.__file__).read_bytes()
     if not callable(function):
       raise TypeError(f'{function_name} is no function')
-  except Exception as error:  # It is a program of the user.
+  except (Exception, SystemExit) as error:  # It is a program of the user.
     raise ValueError(
       f'config.eval.extractor={name!r} is no module:function that can be '
       f'imported: {error or type(error).__name__}'
@@ -169,7 +169,7 @@ def find_extractor(name: str) -> Extract:
       return function(images)
     except MemoryError:
       raise
-    except Exception as error:  # It is a program of the user.
+    except (Exception, SystemExit) as error:  # It is a program of the user.
       line = traceback.extract_tb(error.__traceback__)[-1]
       raise ValueError(
         f'config.eval.extractor={name!r} raised {type(error).__name__}: '
@@ -235,8 +235,9 @@ def outputs_of(images: np.ndarray, extract: Extract) -> dict[str, np.ndarray]:
   for name, value in outputs.items():
     if value.ndim != 2 or len(value) != len(images) or not value.size:
       raise ValueError(
-        f'The extractor returned {name} of shape {value.shape} from '
-        f'{len(images)} images; it should be [{len(images)}, D].'
+        f'The extractor {variant_of(extract)} returned {name} of shape '
+        f'{value.shape} from {len(images)} images; it should be '
+        f'[{len(images)}, D].'
       )
     if value.dtype.kind not in 'fiu' or not np.isfinite(value).all():
       raise ValueError(

@@ -234,10 +234,16 @@ def load_stats(path: str | os.PathLike) -> ReferenceStats:
   file = load_npz(path)
   if 'mu' not in file and 'pool_3' in file:
     moments = Moments()
-    moments.update(file['pool_3'])
+    try:
+      moments.update(file['pool_3'])
+      sigma = moments.sigma
+    except (ValueError, TypeError) as error:
+      raise ValueError(
+        f'{path} holds no reference statistics: {error}'
+      ) from None
     return ReferenceStats(
       mu=moments.mu,
-      sigma=moments.sigma,
+      sigma=sigma,
       count=moments.count,
       features=file['pool_3'],
     )
@@ -253,6 +259,18 @@ def load_stats(path: str | os.PathLike) -> ReferenceStats:
   if not whole or not all(_is_finite(array) for array in numbers):
     raise ValueError(
       f'{path} holds no reference statistics: they are not all finite numbers.'
+    )
+  features = file.get('features')
+  counts = file.get('count', np.asarray(2)).item()
+  if (
+    not np.allclose(sigma, sigma.T, atol=1e-3 * np.abs(sigma).max(initial=0))
+    or (np.diag(sigma) < 0).any()
+    or not (isinstance(counts, int) and counts > 1)
+    or not (features is None or features.shape[1:] == (mu.size,))
+  ):
+    raise ValueError(
+      f'{path} holds no reference statistics: sigma is no covariance, count is '
+      'below 2, or features are not [N, D].'
     )
   scalars = {k: file[k].item() for k in names if k in file}
   return ReferenceStats(

@@ -52,6 +52,7 @@ COMMAND_LINE = f"""
 --config=none.py --mode=train --workdir=new => none.py
 --config=photos --mode=train --workdir=new => photos
 --config=text.txt --mode=train --workdir=new => text.txt
+--config=exits.py --mode=train --workdir=new => exits.py|line 1
 --config=syntax.py --mode=train --workdir=new => syntax.py
 --config=empty.py --mode=train --workdir=new => empty.py|get_config
 --config=raises.py --mode=train --workdir=new => raises.py|line 2
@@ -82,6 +83,9 @@ COMMAND_LINE = f"""
 {TRAIN} --process_id=1 => --process_id=1
 {TRAIN} --process_id=-1 => --process_id
 {TRAIN} --coordinator=auto --num_processes=2 => --num_processes=2|leave it out
+{TRAIN} --coordinator=host => --coordinator=host|HOST:PORT
+{TRAIN} --coordinator=host:99999 => --coordinator=host:99999|HOST:PORT
+{TRAIN} --coordinator=no.invalid:1234 => --coordinator=no.invalid:1234
 {TRAIN} --coordinator=auto => --coordinator=auto|--process_id
 {TRAIN} --output=a.safetensors => --output|--mode export
 {RUN}sample --samples=photos => --samples|--mode eval
@@ -259,6 +263,9 @@ DATA = f"""
 {STATS}eval.extractor=os:none => config.eval.extractor='os:none'
 {STATS}eval.extractor=json:none => config.eval.extractor='json:none'
 {STATS}eval.extractor=broken_extractor:f => config.eval.extractor|no GPU
+{STATS}eval.extractor=exits:f => config.eval.extractor='exits:f'
+{RUN}eval --samples=half.npz => half.npz|name the images images
+{STATS}eval.stats_path=photos --config.eval.extractor=json:dumps => photos
 {STATS}eval.inception_path=none.pth => none.pth
 {STATS}eval.inception_path=text.txt => text.txt
 {STATS}eval.inception_path=pickled.npz => pickled.npz
@@ -378,6 +385,7 @@ def _write_configs(folder):
   write('text.txt', 'no config, no data, no weights')
   write('syntax.py', 'def get_config(:\n')
   write('empty.py', '')
+  write('exits.py', 'raise SystemExit(3)')
   write('raises.py', 'def get_config():\n  return 1 / 0\n')
   write('dict.py', 'def get_config():\n  return {"seed": 1}\n')
   write(

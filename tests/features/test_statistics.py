@@ -204,3 +204,29 @@ def test_statistics_that_are_not_finite(tmp_path, name):
   np.savez(tmp_path / 'a.npz', **arrays)
   with pytest.raises(ValueError, match=r'a.npz .*not all finite numbers'):
     statistics.load_stats(tmp_path / 'a.npz')
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {'sigma': -np.eye(2)},
+    {'sigma': np.triu(np.ones((2, 2)))},
+    {'features': np.ones((5, 3))},
+    {'count': np.asarray(-3)},
+    {'count': np.asarray(2.5)},
+  ],
+  ids=str,
+)
+def test_statistics_that_cannot_be(tmp_path, changes):
+  whole = {'mu': np.zeros(2), 'sigma': np.eye(2), 'count': np.asarray(5)}
+  np.savez(tmp_path / 'a.npz', **whole)
+  assert statistics.load_stats(tmp_path / 'a.npz').count == 5
+  np.savez(tmp_path / 'a.npz', **whole | changes)
+  with pytest.raises(ValueError, match=r'a.npz .*no covariance, count'):
+    statistics.load_stats(tmp_path / 'a.npz')
+
+
+def test_features_of_a_single_image_are_no_reference(tmp_path):
+  np.savez(tmp_path / 'a.npz', pool_3=np.zeros((1, 3)))
+  with pytest.raises(ValueError, match=r'a.npz .*1 images have no covariance'):
+    statistics.load_stats(tmp_path / 'a.npz')
