@@ -88,6 +88,8 @@ def load(path, network, shape) -> Released:
     for key, value in fields.items():
       flat = isinstance(value, dict)
       fields[key] = _fit(path, value, shapes) if flat else int(value)
+      if not flat and not 0 <= fields[key] < 2**31:
+        raise ValueError(f'{path} is damaged: its {key} is out of range.')
     return Released(**fields, classes=classes)
   except (AttributeError, IndexError, KeyError, TypeError) as error:
     # A file with another layout can raise any of these.
@@ -218,6 +220,8 @@ def _fit(path, flat, shapes):
         f'{"/".join(name)} is {theirs} in the file, {ours} in the network.'
       )
     nested[name] = value.astype(np.float32, copy=False)
+    if not np.isfinite(nested[name]).all():
+      raise ValueError(f'{path} is damaged: {"/".join(name)} is not finite.')
   return traverse_util.unflatten_dict(nested)
 
 
@@ -246,7 +250,7 @@ def _read_safetensors(path, shapes):
   except (ValueError, TypeError, RecursionError):
     raise ValueError(f'{path} has damaged names of classes.') from None
   return {
-    'step': int(step) if step.isdecimal() else 0,
+    'step': int(step[:20]) if step.isdecimal() else 0,
     'params': flat,
     'ema_params': dict(flat),
     'classes': classes,

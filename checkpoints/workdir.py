@@ -74,7 +74,7 @@ def read_config(workdir) -> dict[str, Any]:
     config = json.loads(path.read_text())
   except ValueError as error:
     raise ValueError(f'{path} is not a readable JSON file: {error}') from None
-  if not isinstance(config, dict):
+  if not isinstance(config, dict) or not config:
     raise ValueError(f'{path} is damaged: it holds no config.')
   return config
 
@@ -263,8 +263,11 @@ class Checkpoints:
 
   def _preferred(self, which):
     """Return the steps that `which` selects, those to be read first first."""
+    if which == 'last':
+      self.select(which)  # Says so if there is none.
+      return self.steps[::-1]
     if which != 'best':
-      return self.select('all' if which == 'last' else which)[::-1]
+      return self.select(which)[::-1]
     path = lambda step: (
       pathlib.Path(self._folder) / str(step) / 'metrics' / 'metrics'
     )

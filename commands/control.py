@@ -132,7 +132,7 @@ def class_number(label, classes, names):
     >>> class_number('10', 3, ('9', '10', '11')), class_number(0, 3, ())
     (1, 0)
   """
-  if label in names:
+  if label in names[:classes]:
     return names.index(label)
   text, number = str(label), -1
   is_name = isinstance(label, str) and any(n.isdecimal() for n in names)

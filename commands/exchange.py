@@ -35,6 +35,11 @@ def import_released(config, workdir, path):
     raise ValueError(f'{workdir} exists already: choose another --workdir.')
   check_output(workdir.parent)
   found = formats.load(path, model.network, model.shape(1))
+  number = model.num_labels or config.model.get('num_outputs', 0)
+  if number and len(found.classes) not in (0, number):
+    raise ValueError(
+      f'{path} is damaged: it names {len(found.classes)} classes of {number}.'
+    )
   state = run_lib.TrainState(
     np.int32(found.step),
     found.params,

@@ -288,6 +288,8 @@ CHECKPOINTS = f"""
 {IMPORT}cut.pth => cut.pth
 {IMPORT}cut.safetensors => cut.safetensors
 {IMPORT}other.safetensors => other.safetensors
+{IMPORT}nan.safetensors => nan.safetensors|is not finite
+{IMPORT}late.safetensors => late.safetensors|its step is out of range
 --config={TINY} --mode=import --workdir=run --checkpoint=other => run
 --config={TINY} --mode=import --workdir=text.txt --checkpoint=other => text.txt
 --config={TINY} --mode=import --workdir=text.txt/a --checkpoint=other => text.t
@@ -301,6 +303,8 @@ WORKDIRS = f"""
 --workdir=new --mode=eval => new/config.json
 --workdir=photos --mode=sample => photos/config.json
 --workdir=damaged_config --mode=sample => damaged_config/config.json
+--workdir=nothing_config --mode=sample => nothing_config/config.json
+--workdir=file_run --mode=sample => checkpoint 'last'|file_run/checkpoints
 --workdir=list_config --mode=sample => list_config/config.json
 --workdir=bytes_config --mode=sample => bytes_config/config.json
 --workdir=damaged_config --config={TINY} --mode=train => damaged_config/config
@@ -490,11 +494,18 @@ def _write_workdirs(folder):
   for path in (folder / 'damaged_run').rglob('*'):
     if path.is_file() and path.parts[-2] == 'd':
       path.write_bytes(b'damaged')
+  experiment.claim(model.config, folder / 'file_run')
+  (folder / 'file_run' / 'checkpoints').write_text('a file')
+  params = jax.tree.map(np.asarray, zeros.ema)
+  formats.export(folder / 'late.safetensors', '{}', params, step=10**30)
+  params = jax.tree.map(lambda v: v + np.nan, params)
+  formats.export(folder / 'nan.safetensors', '{}', params)
   experiment.claim(model.config, folder / 'untrained')
   text = (folder / 'untrained' / 'config.json').read_bytes()
   for name, content in (
     ('damaged', text[:100]),
     ('list', b'[1, 2]'),
+    ('nothing', b'{}'),
     ('unknown', b'{"training": {"batch_sise": 1}}'),
     ('bytes', struct.pack('8d', *range(8))),
   ):

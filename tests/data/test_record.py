@@ -111,6 +111,8 @@ def test_numbers_that_are_names():
   assert control.class_number('-1', 3, names) == -1
   with pytest.raises(ValueError, match='no class of 3'):
     control.class_number('0', 3, names)
+  with pytest.raises(ValueError, match='no class of 2'):
+    control.class_number('c', 2, ('a', 'b', 'c'))
 
 
 def test_samples_are_saved_with_the_classes_that_were_drawn(folders, run):
