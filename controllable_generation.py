@@ -40,6 +40,25 @@ class Guidance(typing.Protocol):
   def __call__(self, score_fn: ScoreFn, sde: SDE, **given: Any) -> ScoreFn: ...
 
 
+def told(
+  score_fn: Callable,
+  label: Int[ArrayLike, ' B'] | None = None,
+  condition: Float[ArrayLike, ' B *dims'] | None = None,
+) -> ScoreFn:
+  """Return score_fn(x, t) of a network that is told classes and conditions.
+
+  Args:
+    score_fn: score_fn(x, t, label, condition), of which the last ones may be
+      missing.
+    label: classes; None for no class.
+    condition: conditions, as the network takes them; None for none.
+  """
+  given = (label, condition)[: 2 if condition is not None else 1]
+  if label is None and condition is None:
+    return score_fn
+  return lambda x, t: score_fn(x, t, *given)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scaled(Options):
   """Base of guidances that have a strength."""
@@ -117,19 +136,20 @@ class Autoguidance(Limited):
     *,
     weak: ScoreFn,
     label: Int[ArrayLike, ' B'] | None = None,
+    condition: Float[ArrayLike, ' B *dims'] | None = None,
   ) -> ScoreFn:
     """Return the guided score.
 
     Args:
-      score_fn: the score; with a label, score_fn(x, t, label) is used.
+      score_fn: the score, of a class and a condition if there are.
       sde: the process of both scores.
       weak: weak(x, t) -> the score of the weak network.
-      label: classes [B], or None.
+      label, condition: see `told`.
     """
-    given = () if label is None else (label,)
+    strong = told(score_fn, label, condition)
 
     def guided(x, t):
-      plain = score_fn(x, t, *given)
+      plain = strong(x, t)
       if self.scale == 1:
         return plain
       poor = weak(x, t)
@@ -182,11 +202,11 @@ class ClassifierGuidance(Limited):
 class ClassifierFree(Limited):
   """Guide by a network that is told the class (Ho & Salimans 2022, Eq. 6).
 
-  score(x, t) + scale (score(x, t, label) - score(x, t)). In the paper's
-  notation scale = 1 + w: 0 gives the unconditional score, 1 the conditional
-  one, and more sharpens the classes. Only scales 0 and 1 evaluate the network
-  once per step, all others twice. Outside of the interval of noise levels it is
-  the conditional score.
+  score(x, t) + scale (score(x, t, label) - score(x, t)), and the same for
+  conditions. In the paper's notation scale = 1 + w: 0 gives the unconditional
+  score, 1 the conditional one, and more sharpens the classes. Only scales 0 and
+  1 evaluate the network once per step, all others twice. Outside of the
+  interval of noise levels it is the conditional score.
 
   Example:
     >>> score_fn = lambda x, t, *label: jnp.full_like(x, len(label))
@@ -197,24 +217,30 @@ class ClassifierFree(Limited):
   """
 
   def __call__(
-    self, score_fn: ScoreFn, sde: SDE, *, label: Int[ArrayLike, ' B']
+    self,
+    score_fn: ScoreFn,
+    sde: SDE,
+    *,
+    label: Int[ArrayLike, ' B'] | None = None,
+    condition: Float[ArrayLike, ' B *dims'] | None = None,
   ) -> ScoreFn:
-    """Return the score of the given classes.
+    """Return the score of the given classes and conditions.
 
     Args:
       score_fn: score_fn(x, t) is the unconditional score, score_fn(x, t, label)
         the score given the classes.
       sde: the process.
-      label: classes [B].
+      label, condition: see `told`; not both None.
     """
+    of_given = told(score_fn, label, condition)
 
     def guided(x, t):
       if self.scale == 1:
-        return score_fn(x, t, label)
+        return of_given(x, t)
       free = score_fn(x, t)
       if self.scale == 0 and self.everywhere:
         return free
-      given = score_fn(x, t, label)
+      given = of_given(x, t)
       return self.choose(sde, t, free + self.scale * (given - free), given)
 
     return guided
@@ -777,6 +803,11 @@ class Control(Options):
   )
   label: int | str = option(
     -1, 'Class, a number or a name; -1 for all classes in turn.', '[-1, inf)'
+  )
+  condition: str = option(
+    '',
+    'File of the conditions of samples, .npy or .npz, for a network with '
+    "model.condition; '' for those of the test set.",
   )
   classifier_workdir: str = option(
     '',

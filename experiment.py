@@ -8,6 +8,7 @@ It is the interface for a notebook, too:
     images = model.sample(params, jax.random.key(0), 16)
 """
 
+import copy
 import dataclasses
 import functools
 import importlib.util
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
-from jaxtyping import Array, ArrayLike, Float, Key, PyTree, Shaped
+from jaxtyping import Array, ArrayLike, Float, Int, Key, PyTree, Shaped
 
 import controllable_generation
 import likelihood
@@ -35,9 +36,10 @@ import sampling
 import sde_lib
 from checkpoints import formats, workdir
 from configs import schema
+from data import conditions as conditioned
 from data import datasets, pixels, toy
 from data.augment import LABELS, augment
-from models import score
+from models import conditions, score
 from models.uncertainty import LogVariance
 from runtime import options
 from runtime.files import check_local
@@ -47,6 +49,7 @@ from solvers.base import Sampler, Samples
 
 # uint8 images [B, H, W, C], or float points [B, D].
 Data = Shaped[ArrayLike, ' B *dims']
+Conditions = Shaped[ArrayLike, ' B *condition']
 PerExample = Float[Array, ' B']
 Rng = Key[Array, '']
 
@@ -95,6 +98,11 @@ class Experiment:
     """Return the number of classes the network is told; 0 for none."""
     return self.config.model.get('num_labels', 0)
 
+  @property
+  def condition(self) -> str:
+    """Return the kind of condition the network is told; '' for none."""
+    return self.config.model.get('condition', '')
+
   def shape(self, batch_size: int) -> tuple[int, ...]:
     """Return [B, H, W, C] of the images, or [B, D] of points."""
     data = self.config.data
@@ -125,14 +133,14 @@ class Experiment:
     """Return new parameters, drawn with a key."""
     return jax.jit(self._init, compiler_options=RUN_ONCE)(rng)
 
-  def _apply(self, params, x, cond, *label, dropout_rng=None, augment=None):
+  def _apply(self, params, x, cond, *given, dropout_rng=None, augment=None):
     told = {} if augment is None else {'augment': augment}
     rngs = None if dropout_rng is None else {'dropout': dropout_rng}
     return self.network.apply(
       {'params': self.network_params(params)},
       x,
       cond,
-      *label,
+      *given,
       train=rngs is not None,
       rngs=rngs,
       **told,
@@ -142,6 +150,9 @@ class Experiment:
     self, params, *, continuous=False, dropout_rng=None, augment=None
   ):
     """Return score_fn(x, t) of the network with the given parameters.
+
+    It is score_fn(x, t, label, condition) of a network that is told them, with
+    classes [B] or None, and conditions [B, ...] of `told` or None.
 
     Args:
       params: parameters of the network.
@@ -157,6 +168,30 @@ class Experiment:
       self._apply, params, dropout_rng=dropout_rng, augment=augment
     )
     return score.make_score_fn(net, sde, conditioning)
+
+  def told(
+    self, condition: Conditions | None
+  ) -> Float[Array, ' B *marked'] | None:
+    """Return conditions as the network takes them, standardised and marked.
+
+    Args:
+      condition: in units of the data, [B, ...]; None for none.
+
+    Raises:
+      ValueError: the network is told no condition.
+    """
+    if condition is None:
+      return None
+    if not self.condition:
+      raise ValueError(
+        'The network is told no condition: train with config.model.condition.'
+      )
+    data, axes = self.config.data, (1,) * (jnp.ndim(condition) - 1)
+    mean, std = (
+      jnp.float32(v).reshape(*axes, -1)
+      for v in (data.condition_mean, data.condition_std)
+    )
+    return conditions.marked((jnp.asarray(condition) - mean) / std)
 
   def logits_fn(self, params):
     """Return logits_fn(x, t) -> [B, classes] of a classifier."""
@@ -196,8 +231,8 @@ class Experiment:
       params: parameters of the network.
       rng: key.
       batch: 'image', uint8 [B, H, W, C] or float points [B, D], and 'label',
-        int [B].
-      train: whether flips, dropout and dropout of labels are active.
+        int [B]; with model.condition also 'condition', float [B, ...].
+      train: whether flips, dropout and dropout of conditions are active.
       fraction: share of the training that is done.
     """
     data = self.config.data
@@ -211,20 +246,27 @@ class Experiment:
     label = batch['label']
     if self.is_classifier:
       return self.loss_fn(rng_loss, self.logits_fn(params), self.sde, x0, label)
+    # Whatever moves an image moves the array over it: it has the same key.
+    array = batch['condition'] if self.condition else None
+    if self.condition == 'array':
+      flip = train and data.random_flip
+      array = self._model_input(rng_data, jnp.float32(array), flip=flip)
     told = {}
     if train and data.augment:
       rng_augment = jax.random.fold_in(rng_data, 2)  # 0, 1: its split
       x0, told['augment'] = augment(rng_augment, x0, data.augment)
+      if self.condition == 'array':
+        array, _ = augment(rng_augment, array, data.augment)
     if train:
       told['dropout_rng'] = rng_dropout
-    score_fn = self.score_fn(params, **told)
-    if self.num_labels:
-      if train:
-        share = self.config.training.label_dropout
-        drop = jax.random.bernoulli(rng_label, share, label.shape)
-        label = jnp.where(drop, self.num_labels, label)
-      of_class = score_fn
-      score_fn = lambda x, t: of_class(x, t, label)
+    given = label if self.num_labels else None, self.told(array)
+    if train:
+      share = self.config.training.condition_dropout
+      drop = jax.random.bernoulli(rng_label, share, x0.shape[:1])
+      given = conditions.dropped(drop, *given, self.num_labels)
+    score_fn = controllable_generation.told(
+      self.score_fn(params, **told), *given
+    )
     log_variance = None
     if train and self.loss_fn.uncertainty:
       log_variance = functools.partial(self._log_variance, params)
@@ -281,7 +323,9 @@ class Experiment:
     [B, ...] is the state at t = 1, drawn from the prior if it is None. A
     network that is told classes, without `guide`, is guided to the classes
     `label` [B] by config.control.scale; without `label`, to random ones. The
-    samples hold them as `label`.
+    samples hold them as `label`. One that is told conditions is guided to
+    `condition` [B, ...] in units of the data; a `guide` is given those of
+    `told`.
 
     Args:
       batch_size: B.
@@ -297,7 +341,8 @@ class Experiment:
     continuous = self.sampler.continuous
     sde = self.sde.continuous if continuous else self.sde
     classes = 0 if guide else self.num_labels
-    if classes:
+    needs_condition = self.condition and not guide
+    if classes or needs_condition:
       guide = options.build(
         controllable_generation.CONTROLS,
         {**self.config.control, 'name': 'labels'},
@@ -310,6 +355,13 @@ class Experiment:
         rng_label = jax.random.fold_in(rng_prior, 1)
         given['label'] = jax.random.randint(
           rng_label, (batch_size,), 0, classes
+        )
+      if 'condition' in given:
+        given['condition'] = self.told(given['condition'])
+      elif needs_condition:
+        raise ValueError(
+          f"The network is told a condition (model.condition='{self.condition}'"
+          '): give sample(..., condition=array).'
         )
       if z is None:
         z = sde.prior_sample(rng_prior, self.shape(batch_size))
@@ -333,7 +385,13 @@ class Experiment:
     return {}
 
   def sample(
-    self, params: PyTree, rng: Rng, n: int
+    self,
+    params: PyTree,
+    rng: Rng,
+    n: int,
+    *,
+    label: Int[ArrayLike, '*labels'] | None = None,
+    condition: Shaped[ArrayLike, '*condition'] | None = None,
   ) -> Shaped[np.ndarray, ' n *dims']:
     """Return n samples: uint8 images [n, H, W, C], or float32 points [n, D].
 
@@ -341,10 +399,46 @@ class Experiment:
       params: parameters, such as `load` returns.
       rng: key.
       n: number of samples, all made at once.
+      label: classes [n], or one for all; None for random ones.
+      condition: conditions [n, ...] in units of the data, or one for all, for a
+        network with model.condition.
+
+    Raises:
+      ValueError: the condition does not suit the network, or is missing.
     """
+    given = {}
+    if label is not None:
+      if not self.num_labels:
+        raise ValueError(
+          'The network is told no class: train with config.model.num_labels.'
+        )
+      given['label'] = jnp.broadcast_to(jnp.asarray(label), (n,))
+    if condition is not None:
+      if not self.condition:
+        self.told(condition)  # Says so.
+      given['condition'] = conditioned.fitted(
+        condition, self.config.data, 'condition', n
+      )
     if n not in self._compiled:
       self._compiled[n] = jax.jit(self.make_sample(n))
-    return self.to_data(self._compiled[n](params, rng).x)
+    return self.to_data(self._compiled[n](params, rng, **given).x)
+
+  def given(self, dataset, count: int) -> dict[str, np.ndarray]:
+    """Return what the first samples are told as the first examples are.
+
+    Args:
+      dataset: a Dataset, whose conditions are repeated if it is smaller.
+      count: number of samples.
+
+    Returns:
+      {} for a network that is told no condition; else {'condition': [count,
+      ...]} and, if it is told classes, 'label' [count].
+    """
+    if not self.condition:
+      return {}
+    batch = dataset.batch(np.arange(count) % len(dataset))
+    names = 'condition', *(('label',) if self.num_labels else ())
+    return {name: np.asarray(batch[name]) for name in names}
 
   # ------------------------------------------------- likelihood, latent codes
 
@@ -358,7 +452,11 @@ class Experiment:
     )
 
   def bits_per_dim(
-    self, params: PyTree, rng: Rng, image: Data
+    self,
+    params: PyTree,
+    rng: Rng,
+    image: Data,
+    condition: Conditions | None = None,
   ) -> tuple[PerExample, PerExample, Array, Array]:
     """Return (bits/dim [B], their standard errors [B], NFE, success).
 
@@ -370,12 +468,22 @@ class Experiment:
       params: parameters of the network.
       rng: key for the dequantisation and the probes.
       image: uint8 [B, H, W, C], or float points [B, D].
+      condition: conditions [B, ...] in units of the data, for p(x | condition);
+        None for p(x), which a network with conditions knows by their dropout.
     """
-    bits, error, found = self.bits_so_far(params, rng, image)
+    bits, error, found = self.bits_so_far(
+      params, rng, image, condition=condition
+    )
     return bits, error, found.nfe, found.success
 
   def bits_so_far(
-    self, params, rng, image, state=None, max_steps=ode.MAX_STEPS
+    self,
+    params,
+    rng,
+    image,
+    state=None,
+    max_steps=ode.MAX_STEPS,
+    condition=None,
   ):
     """Return (bits/dim [B], standard errors [B], `likelihood.Likelihood`).
 
@@ -390,7 +498,7 @@ class Experiment:
       draw = likelihood.PROBES[chosen.bpd_trace]
       probes = draw(rng_probe, (chosen.bpd_probes, *x.shape))
     found = likelihood.log_likelihood(
-      self._with_jvp.score_fn(params, continuous=True),
+      self._with_jvp._flow_score(params, condition),
       self.sde.continuous,
       x,
       probes,
@@ -406,6 +514,12 @@ class Experiment:
     error = found.std_error / likelihood.nats_per_bit(dims)
     return bits, error, found
 
+  def _flow_score(self, params, condition=None):
+    """Return the score in continuous time, given conditions if there are."""
+    return controllable_generation.told(
+      self.score_fn(params, continuous=True), None, self.told(condition)
+    )
+
   @property
   def flow(self) -> ode.ODE:
     """The probability-flow ODE as a sampler, without denoising at its end."""
@@ -414,7 +528,9 @@ class Experiment:
       eps=chosen.eps, rtol=chosen.rtol, atol=chosen.atol, final_denoise=False
     )
 
-  def encode(self, params: PyTree, image: Data) -> ode.OdeSolution:
+  def encode(
+    self, params: PyTree, image: Data, condition: Conditions | None = None
+  ) -> ode.OdeSolution:
     """Return an OdeSolution whose y are latent codes at t = 1, [B, ...].
 
     The images are put at t = sampling.eps, where `decode` ends.
@@ -422,10 +538,11 @@ class Experiment:
     Args:
       params: parameters of the network.
       image: uint8 [B, H, W, C], or float points [B, D].
+      condition: conditions [B, ...] in units of the data, or None.
     """
     x = self._model_input(jax.random.key(0), image)  # Nothing is random here.
     return likelihood.encode(
-      self.score_fn(params, continuous=True),
+      self._flow_score(params, condition),
       self.sde.continuous,
       x,
       eps=self.flow.eps,
@@ -433,12 +550,18 @@ class Experiment:
       atol=self.flow.atol,
     )
 
-  def decode(self, params: PyTree, z: Float[ArrayLike, ' B *dims']) -> Samples:
+  def decode(
+    self,
+    params: PyTree,
+    z: Float[ArrayLike, ' B *dims'],
+    condition: Conditions | None = None,
+  ) -> Samples:
     """Return the samples, in [0, 1], of latent codes z: inverts `encode`.
 
-    A network that is told classes is told none here, as in `encode`.
+    A network that is told classes is told none here, as in `encode`; the
+    conditions are those that the codes were made with.
     """
-    score_fn = self.score_fn(params, continuous=True)
+    score_fn = self._flow_score(params, condition)
     found = self.flow(None, score_fn, self.sde.continuous, z)
     return found._replace(x=self._to_unit(found.x))
 
@@ -446,8 +569,45 @@ class Experiment:
 # ------------------------------------------------------------------ building
 
 
+# Keys of conditions that are found in the data where they are empty.
+FOUND = ('condition_shape', 'condition_mean', 'condition_std')
+
+
+def completed(config, folder=None) -> ml_collections.ConfigDict:
+  """Return a config that knows shape, mean and deviation of its conditions.
+
+  Where config.data leaves them empty they are those of the run, if there is
+  one, or those of the training data.
+
+  Args:
+    config: a ConfigDict.
+    folder: workdir of the run, which need not exist; None for none.
+
+  Raises:
+    ValueError, FileNotFoundError: the config or the data cannot be used.
+  """
+  schema.check(config)
+  data = config.data
+  if not config.model.get('condition') or all(data[key] for key in FOUND):
+    return config
+  datasets.Data(**data)
+  found = {}
+  if folder and (pathlib.Path(folder) / 'config.json').is_file():
+    found = run_config(folder).data
+  if not all(found.get(key) for key in FOUND):
+    train = datasets.load(data, 'train')
+    found = conditioned.measure(train, train.fetch([0]).shape[1:])
+  config = copy.deepcopy(config)
+  for key in FOUND:
+    if not config.data[key]:
+      schema.override(config, f'data.{key}', found[key])
+  return config
+
+
 def build(config) -> Experiment:
   """Return the Experiment of a config.
+
+  Its `config` is `completed`.
 
   Options that have no effect with what the config chooses are named in a
   warning.
@@ -458,7 +618,7 @@ def build(config) -> Experiment:
   Raises:
     ValueError: the config cannot run; one line names the key and the fix.
   """
-  schema.check(config)
+  config = completed(config)
   for line in schema.unused(config):
     warnings.warn(line, stacklevel=2)
   data, num_scales = config.data, config.training.num_scales
@@ -466,6 +626,7 @@ def build(config) -> Experiment:
   owned = {'num_scales': num_scales, 'centered': data.centered}
   sde = options.build(sde_lib.SDES, config.sde, 'sde.name', **owned)
   owned['augment_labels'] = LABELS if data.augment else 0
+  owned['condition_shape'] = tuple(data.condition_shape)
   owned['data_width'] = 2.0 if data.centered else 1.0
   table = models.MODELS | models.CLASSIFIERS
   network = options.build(table, config.model, 'model.name', **owned)
@@ -518,6 +679,7 @@ def _check(model):
       f'told of it, not config.model.name={config.model.name!r}: use ncsnpp or '
       'ddpm, or data.augment=0.'
     )
+  _check_condition(model)
   _trace_network(model)
   _check_times(model)
   if model.is_classifier:
@@ -565,6 +727,31 @@ def _check(model):
         f'config.training.{key}={training[key]} is not a multiple of '
         f'config.training.n_jitted_steps={steps}: use '
         f'{math.ceil(training[key] / steps) * steps}.'
+      )
+
+
+def _check_condition(model):
+  """Raise ValueError for conditions that the network cannot take."""
+  data, kind = model.config.data, model.condition
+  if not kind:
+    for path in ('data.condition_shape', 'control.condition'):
+      section, _, name = path.partition('.')
+      if value := model.config[section][name]:
+        raise ValueError(
+          f'config.{path}={value!r} needs a network that is told conditions: '
+          "set config.model.condition to 'vector' or 'array'."
+        )
+    return
+  shape, example = tuple(data.condition_shape), model.shape(1)[1:]
+  if wrong := conditions.CONDITIONS[kind].problem(shape, example):
+    raise ValueError(
+      f'config.model.condition={kind!r}: a condition of shape {shape} {wrong}'
+    )
+  for key in ('condition_mean', 'condition_std'):
+    if len(data[key]) not in (1, shape[-1]):
+      raise ValueError(
+        f'config.data.{key} has {len(data[key])} numbers for {shape[-1]} '
+        'channels: give one for each, or one for all.'
       )
 
 
@@ -682,6 +869,20 @@ def check_labels(model, dataset):
     raise ValueError(
       f'config.model.{key}={wanted}, but {dataset.name} has '
       f'{dataset.num_classes} classes.'
+    )
+
+
+def check_conditions(model, dataset):
+  """Raise ValueError unless a data set has the conditions of the network."""
+  if not model.condition:
+    return
+  conditioned.check_present(dataset)
+  shape = dataset.more(np.arange(1))['condition'].shape[1:]
+  wanted = tuple(model.config.data.condition_shape)
+  if shape != wanted:
+    raise ValueError(
+      f'{dataset.name} has conditions of shape {shape}, but '
+      f'config.data.condition_shape={wanted}: all need to have one shape.'
     )
 
 

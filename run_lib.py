@@ -58,8 +58,11 @@ from runtime.progress import Log, Progress, say
 EVAL_IMAGES = 1024
 # Samples in the picture of a snapshot: a grid of images, or a cloud of points.
 SNAPSHOT_IMAGES, SNAPSHOT_POINTS = 64, 2048
-# What the loss sees of a batch.
-_FIELDS = ('image', 'label')
+
+
+def _fields(model):
+  """Return what the loss sees of a batch."""
+  return 'image', 'label', *(('condition',) if model.condition else ())
 
 
 def _row(tree, i):
@@ -202,10 +205,14 @@ def abstract_batches(model):
   parts = training.grad_accumulation
   shape = model.shape(training.batch_size // parts)
   dtype = np.float32 if model.config.data.dims else np.uint8
-  return {
+  batches = {
     'image': jax.ShapeDtypeStruct((n, parts, *shape), dtype),
     'label': jax.ShapeDtypeStruct((n, parts, shape[0]), np.int32),
   }
+  if model.condition:
+    shape = n, parts, shape[0], *model.config.data.condition_shape
+    batches['condition'] = jax.ShapeDtypeStruct(shape, np.float32)
+  return batches
 
 
 def _compile_ahead(jitted, state, batch):
@@ -304,7 +311,10 @@ def make_eval_loss(model, layout):
 
 
 def eval_batches(dataset, batch_size, layout, start=0):
-  """Yield (number, {'image', 'label'}, mask), global, of a whole data set."""
+  """Yield (number, {'image', 'label'}, mask), global, of a whole data set.
+
+  The batches hold 'condition' as well, if the data set does.
+  """
   batches = batching.eval_batches(
     dataset,
     batch_size=batch_size,
@@ -313,7 +323,8 @@ def eval_batches(dataset, batch_size, layout, start=0):
     start=start,
   )
   for number, batch in enumerate(batches, start):
-    batch = to_global(layout.split, {k: batch[k] for k in (*_FIELDS, 'mask')})
+    del batch['index']
+    batch = to_global(layout.split, batch)
     mask = batch.pop('mask')
     yield number, batch, mask
 
@@ -364,10 +375,12 @@ def make_fetch(model, dataset):
   With data.on_device the batches are {'index'} alone.
   """
   training = model.config.training
-  parts, names = training.grad_accumulation, _FIELDS
+  parts, names = training.grad_accumulation, _fields(model)
   if model.config.data.on_device:
-    names = ('index',)
-    dataset = dataclasses.replace(dataset, read=lambda index: (index, index))
+    names, more = ('index',), lambda index: {}
+    dataset = dataclasses.replace(
+      dataset, read=lambda index: (index, index), more=more
+    )
 
   def fetch(step):
     n = min(
@@ -386,6 +399,8 @@ def make_fetch(model, dataset):
       for number in range(step * parts, (step + n) * parts)
     ]
     fields = {k: np.stack([batch[k] for batch in batches]) for k in names}
+    if 'condition' in fields:  # Files may have it as uint8.
+      fields['condition'] = np.float32(fields['condition'])
     return jax.tree.map(lambda v: v.reshape(n, parts, *v.shape[1:]), fields)
 
   return fetch
@@ -398,21 +413,24 @@ def check_on_device(model, dataset):
   """
   if model.config.data.on_device:
     size = 4 if model.config.data.dims else 1
-    size = len(dataset) * (size * math.prod(model.shape(1)) + 4)  # The label.
+    size = size * math.prod(model.shape(1)) + 4  # The label.
+    if model.condition:
+      size += 4 * math.prod(model.config.data.condition_shape)
+    size *= len(dataset)
     check_memory(size, 'config.data.on_device=True')
     say(f'Every device holds the training data, {size / 2**20:.1f} MiB.')
 
 
 def make_place(model, dataset, layout):
-  """Return place(batches of `make_fetch`) -> global {'image', 'label'}.
+  """Return place(batches of `make_fetch`) -> global batches.
 
   With data.on_device every device holds the data set and takes the rows of its
   part of a batch from it.
   """
   if not model.config.data.on_device:
     return lambda batches: to_global(layout.microbatches, batches)
-  held = dict(zip(_FIELDS, dataset.read(np.arange(len(dataset))), strict=True))
-  held = to_global(layout.replicated, held)
+  held = dataset.batch(np.arange(len(dataset)))
+  held = to_global(layout.replicated, {k: held[k] for k in _fields(model)})
   take = jax.jit(
     lambda held, index: jax.tree.map(lambda v: v[index], held),
     in_shardings=(layout.replicated, layout.microbatches),
@@ -562,21 +580,32 @@ def save_checkpoint(training, saved) -> Hook:
   return hook
 
 
-def draw_snapshot(model, layout, folder) -> Hook:
-  """Return a hook that draws a picture of samples."""
+def draw_snapshot(model, layout, folder, test_set=None) -> Hook:
+  """Return a hook that draws a picture of samples.
+
+  Args:
+    model: the Experiment.
+    layout: where arrays live.
+    folder: of the pictures.
+    test_set: Dataset whose conditions the samples have, if the network is told
+      conditions.
+  """
   training, devices = model.config.training, jax.device_count()
   images = min(SNAPSHOT_IMAGES, model.config.eval.batch_size)
   n = SNAPSHOT_POINTS if model.config.data.dims else images
   # As many as a picture shows, rounded up to as many on every device.
-  draw = model.make_sample(math.ceil(n / devices) * devices)
+  n = math.ceil(n / devices) * devices
+  draw = model.make_sample(n)
+  given = model.given(test_set, n) if test_set else {}
+  given = to_global(layout.replicated, given)
 
-  def make(params, rng):
-    found = draw(params, rng)
+  def make(params, rng, given):
+    found = draw(params, rng, **given)
     return found._replace(x=each_its_part(found.x, layout))
 
   sample = jax.jit(
     make,
-    in_shardings=(layout.replicated, None),
+    in_shardings=(layout.replicated, None, layout.replicated),
     out_shardings=layout.replicated,
   )
 
@@ -585,7 +614,7 @@ def draw_snapshot(model, layout, folder) -> Hook:
     if not due or now.stopping:
       return
     params = jax.device_put(now.state.ema, layout.replicated)
-    found = sample(params, jax.random.key(model.config.seed))
+    found = sample(params, jax.random.key(model.config.seed), given)
     x = found.x
     try:
       experiment.check_samples(model.config, found, math.inf)
@@ -726,8 +755,8 @@ def restore_or_init(model, layout, saved):
 
 def _prepare(config, workdir):
   """Return (model, training set, test set); check all that can be wrong."""
-  model = experiment.build(config)
-  training = config.training
+  model = experiment.build(experiment.completed(config, workdir))
+  config, training = model.config, config.training
   check_divisible(
     training.batch_size // training.grad_accumulation,
     'config.training.batch_size (divided by grad_accumulation)',
@@ -735,6 +764,8 @@ def _prepare(config, workdir):
   train_set = datasets.load(config.data, 'train')
   test_set = datasets.load(config.data, 'test')
   experiment.check_labels(model, train_set)
+  for dataset in (train_set, test_set):
+    experiment.check_conditions(model, dataset)
   check_on_device(model, train_set)
   experiment.claim(config, workdir, write=False)
   allow = training.allow_other_data
@@ -772,6 +803,7 @@ def train(config, workdir):
   training, workdir = config.training, pathlib.Path(workdir)
   on_first_host(check_output, workdir)
   model, train_set, test_set = _prepare(config, workdir)
+  config = model.config
   layout, end = make_layout(), training.n_iters
   with contextlib.ExitStack() as stack:
     stack.enter_context(_own(workdir))
@@ -796,7 +828,7 @@ def train(config, workdir):
       save_checkpoint(training, saved),
     ]
     if training.snapshot_sampling:
-      hooks.append(draw_snapshot(model, layout, workdir / 'samples'))
+      hooks.append(draw_snapshot(model, layout, workdir / 'samples', test_set))
     _describe(model, state, train_set)
     place = make_place(model, train_set, layout)
     fetched = batching.prefetch(

@@ -178,7 +178,11 @@ def likelihood(model, layout):
   dtype = run_lib.abstract_batches(model)['image'].dtype
   size = model.config.eval.batch_size
   image = jax.ShapeDtypeStruct(model.shape(size), dtype)
-  arguments = model.abstract_params(), _rng(), image
+  condition = None
+  if model.condition:
+    shape = size, *model.config.data.condition_shape
+    condition = jax.ShapeDtypeStruct(shape, 'float32')
+  arguments = model.abstract_params(), _rng(), image, condition
   *_, state = jax.eval_shape(begin, *arguments, None)
   return proceed, (*arguments, state), 1
 

@@ -42,12 +42,14 @@ _REQUIRED = {
     'fir_kernel': ((1, 3, 3, 1),),
     'skip_rescale': (True,),
     'conv_size': (3,),
+    'condition': ('',),
     'nonlinearity': ('swish',),
   },
   'ddpm': {
     'conditioning': ('time', 'ddpm_label', 'smld_label'),
     'conditional': (True,),
     'resamp_with_conv': (True,),
+    'condition': ('',),
     'nonlinearity': ('swish',),
   },
 }

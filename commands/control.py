@@ -28,6 +28,7 @@ from controllable_generation import (
   Guidance,
   Method,
   Operator,
+  told,
 )
 from data import datasets, pixels, record, sources
 from reporting.pictures import save_samples
@@ -214,7 +215,7 @@ class ByNetwork:
   guidance: ClassifierGuidance
   classifier: experiment.Experiment
 
-  def __call__(self, score_fn, sde, *, label, classifier):
+  def __call__(self, score_fn, sde, *, label, classifier, condition=None):
     """Return the guided score.
 
     Args:
@@ -222,6 +223,7 @@ class ByNetwork:
       sde: the process.
       label: classes [B].
       classifier: parameters of the classifier.
+      condition: conditions [B, ...] of the score network, or None.
     """
     logits_fn = self.classifier.logits_fn(classifier)
 
@@ -229,6 +231,7 @@ class ByNetwork:
       logp = jax.nn.log_softmax(logits_fn(x, t))
       return jnp.take_along_axis(logp, label[:, None], 1)[:, 0]
 
+    score_fn = told(score_fn, None, condition)
     return self.guidance(score_fn, sde, log_prob=log_prob)
 
 
@@ -306,7 +309,7 @@ class ByWeakNetwork:
   network: experiment.Experiment
   continuous: bool
 
-  def __call__(self, score_fn, sde, *, weak, label=None):
+  def __call__(self, score_fn, sde, *, weak, label=None, condition=None):
     """Return the guided score.
 
     Args:
@@ -314,11 +317,15 @@ class ByWeakNetwork:
       sde: the process.
       weak: parameters of the weak network.
       label: classes [B], or None.
+      condition: conditions [B, ...], or None.
     """
-    weak_fn = self.network.score_fn(weak, continuous=self.continuous)
-    told = (label,) if self.network.num_labels else ()
+    weak_fn = told(
+      self.network.score_fn(weak, continuous=self.continuous),
+      label if self.network.num_labels else None,
+      condition if self.network.condition else None,
+    )
     return self.guidance(
-      score_fn, sde, weak=lambda x, t: weak_fn(x, t, *told), label=label
+      score_fn, sde, weak=weak_fn, label=label, condition=condition
     )
 
 
@@ -338,6 +345,12 @@ def autoguidance_task(model, workdir):
     raise ValueError(
       f'config.control.{choice} is no score network with the classes of the '
       'model, or without classes: train one with its config.data.'
+    )
+  keys = experiment.FOUND if weak.condition else ()
+  if any(weak.config.data[key] != model.config.data[key] for key in keys):
+    raise ValueError(
+      f'config.control.{choice} is told other conditions than the model: train '
+      'one with its config.data.'
     )
   _check_noise(model, weak, choice)
   like, checkpoint = weak.abstract_params(), chosen.weak_checkpoint
@@ -368,8 +381,9 @@ class InverseTask(Task):
   shown: np.ndarray
   measurements: np.ndarray
 
-  def guide(self, score_fn, sde, **given):
-    return self.method(score_fn, sde, operator=self.operator, **given)
+  def guide(self, score_fn, sde, *, y, label=None, condition=None):
+    score_fn = told(score_fn, label, condition)
+    return self.method(score_fn, sde, operator=self.operator, y=y)
 
   def present(self, images):
     originals, shown = self.originals[:, None], self.shown[:, None]
@@ -433,10 +447,22 @@ def inverse_task(model, workdir):
   y = operator(x0)
   noise = jax.random.normal(jax.random.key(config.seed + 1), y.shape)
   y = np.asarray(y + method.noise_std * noise)
+  given = trained.conditions_of(model, len(originals))
+  for name, rows in given.items():
+    if len(rows) != len(originals) or (
+      config.control.images and not config.control.condition
+    ):
+      raise ValueError(
+        f'The {len(originals)} images of control need as many conditions: give '
+        f'config.control.condition, which has {len(rows)} for a {name} each.'
+      )
+  rows = {'y': y, **given}
   shown = operator.picture(jnp.asarray(y), x0.shape)
   shown = pixels.inverse_scaler(shown, centered=centered)
   return InverseTask(
-    rows={'y': np.repeat(y, config.control.repeats, axis=0)},
+    rows={
+      k: np.repeat(v, config.control.repeats, axis=0) for k, v in rows.items()
+    },
     operator=operator,
     method=method,
     originals=originals,
@@ -475,7 +501,12 @@ def make_task(model, workdir='') -> Task:
       f'config.control.name={name!r} is unknown: '
       f'{options.suggestion(name, TASKS)}'
     )
-  return TASKS[name](model, workdir)
+  task = TASKS[name](model, workdir)
+  if not model.condition or 'condition' in task.rows:
+    return task
+  given, order = trained.conditions_of(model, task.count), np.arange(task.count)
+  given = {k: v[order % len(v)] for k, v in given.items()}
+  return dataclasses.replace(task, rows=given | task.rows)
 
 
 def sample(config, workdir):

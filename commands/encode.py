@@ -33,29 +33,34 @@ class Coder:
   run: trained.Run
   batch_size: int
 
-  def encode(self, images):
-    """Return (latent codes [N, ...], mean NFE) of images [N, ...]."""
+  def encode(self, images, **given):
+    """Return (latent codes [N, ...], mean NFE) of images [N, ...].
 
-    def encoder(params, x):
-      found = self.run.model.encode(params, x)
+    `given` are their conditions, `condition` [N, ...], if there are.
+    """
+
+    def encoder(params, x, given):
+      found = self.run.model.encode(params, x, **given)
       return found.y, found.nfe, found.success, found.not_finite_at
 
-    return self._in_batches('encoded', encoder, images)
+    return self._in_batches('encoded', encoder, images, given)
 
-  def decode(self, z):
+  def decode(self, z, **given):
     """Return (samples in [0, 1], mean NFE) of latent codes z [N, ...]."""
 
-    def decoder(params, z):
-      found = self.run.model.decode(params, z)
+    def decoder(params, z, given):
+      found = self.run.model.decode(params, z, **given)
       return found.x, found.nfe, found.success, found.not_finite_at
 
-    return self._in_batches('decoded', decoder, z)
+    return self._in_batches('decoded', decoder, z, given)
 
-  def _in_batches(self, what, function, x):
+  def _in_batches(self, what, function, x, given):
     layout, size = self.run.layout, self.batch_size
     call = jax.jit(
-      lambda params, x: function(params, each_its_part(x, layout)),
-      in_shardings=(layout.replicated, layout.replicated),
+      lambda params, x, given: function(
+        params, each_its_part(x, layout), given
+      ),
+      in_shardings=(layout.replicated,) * 3,
       out_shardings=layout.replicated,
     )
     progress = Progress(what, len(x), 'images')
@@ -63,8 +68,9 @@ class Coder:
     for start in range(0, len(x), size):
       part = x[start : start + size]
       # The last batch is filled up with copies: one shape, one program.
-      full = np.resize(part, (size, *x.shape[1:]))
-      y, evaluations, success, bad = call(self.run.params, full)
+      rows = start + np.arange(size) % len(part)
+      full, some = x[rows], {k: v[rows] for k, v in given.items()}
+      y, evaluations, success, bad = call(self.run.params, full, some)
       if not success:
         failed = f'The ODE solver failed: not all images were {what}'
         line = experiment.why_failed(failed, bad, TOLERANCES)
@@ -84,8 +90,10 @@ def _save(path, samples, columns):
     pictures.save_samples(path, flat)
 
 
-def _variations(coder, z):
+def _variations(coder, z, **given):
   """Return what codes z [N, ...] and codes made of them decode to.
+
+  Conditions are those of the codes, and of the first of two codes.
 
   Returns:
     (reconstructions [N, ...], interpolations [R, K, ...] between the codes 2r
@@ -99,7 +107,12 @@ def _variations(coder, z):
   # All are [R, K, ...], and are decoded together.
   codes = [np.float32(c) for c in (z[:, None], between, rescaled)]
   flat = np.concatenate([c.reshape(-1, *z.shape[1:]) for c in codes])
-  decoded = coder.run.model.to_data(coder.decode(flat)[0])
+  owners = np.arange(len(z)), 2 * np.arange(pairs), np.arange(len(rescaled))
+  owners = np.concatenate(
+    [np.repeat(o, c.shape[1]) for o, c in zip(owners, codes, strict=True)]
+  )
+  given = {k: v[owners] for k, v in given.items()}
+  decoded = coder.run.model.to_data(coder.decode(flat, **given)[0])
   ends = np.cumsum([c.shape[0] * c.shape[1] for c in codes])
   again, between, rescaled = (
     part.reshape(c.shape)
@@ -127,12 +140,15 @@ def encode(config, workdir):
   latent = pathlib.Path(workdir) / 'latent'
   on_first_host(check_output, latent)
   run = trained.restore(config, workdir)
-  test_set = datasets.load(config.data, 'test')
+  test_set = datasets.load(run.model.config.data, 'test')
+  experiment.check_conditions(run.model, test_set)
   count = min(config.sampling.num_samples, len(test_set))
   coder = Coder(run, trained.batch_size(config, count))
   images = test_set.fetch(np.arange(count))
-  z, nfe = coder.encode(images)
-  again, between, rescaled = _variations(coder, z)
+  given = run.model.given(test_set, count)
+  given.pop('label', None)  # Codes are made without classes.
+  z, nfe = coder.encode(images, **given)
+  again, between, rescaled = _variations(coder, z, **given)
   error = np.abs(np.float64(again) - images)
   result = {
     'step': run.step,

@@ -122,8 +122,8 @@ STRETCH = 5
 def jit_bits(model, layout):
   """Return (begin, proceed), the programs of a likelihood in stretches.
 
-  Both are called with (params, rng, image, state), where the state is None for
-  `begin`, and return (bits, error, found, done, state).
+  Both are called with (params, rng, image, condition, state), where the state
+  is None for `begin`, and return (bits, error, found, done, state).
   """
   whole, split = layout.replicated, layout.split
   y = split, layout.one_step
@@ -132,16 +132,18 @@ def jit_bits(model, layout):
     finite=whole,
   )  # fmt: skip
 
-  def stretch(params, rng, image, state):
+  def stretch(params, rng, image, condition, state):
     end = None if state is None else state.steps + STRETCH
-    bits, error, found = model.bits_so_far(params, rng, image, state, end)
+    bits, error, found = model.bits_so_far(
+      params, rng, image, state, end, condition
+    )
     state, found = found.state, found._replace(state=None, z=None)
     return bits, error, found, ode.arrived_or_stuck(state, 1.0), state
 
   return tuple(
     jax.jit(
       stretch,
-      in_shardings=(whole, None, split, start),
+      in_shardings=(whole, None, split, split, start),
       out_shardings=(whole, whole, whole, whole, state),
     )
     for start in (None, state)
@@ -149,17 +151,19 @@ def jit_bits(model, layout):
 
 
 def _compile_bits(model, layout):
-  """Return compute(params, rng, image, report) -> (bits, error, found).
+  """Return compute(params, rng, image, report, condition=None).
 
-  What it computes is `Experiment.bits_per_dim`, in stretches. Between two of
-  them report(t, nfe) is called with the time that was reached.
+  It returns (bits, error, found), which are those of `Experiment.bits_per_dim`,
+  in stretches. Between two of them report(t, nfe) is called with the time that
+  was reached.
   """
   begin, proceed = jit_bits(model, layout)
 
-  def compute(params, rng, image, report):
-    *found, done, state = begin(params, rng, image, None)
+  def compute(params, rng, image, report, condition=None):
+    given = params, rng, image, condition
+    *found, done, state = begin(*given, None)
     while not done and state.steps < ode.MAX_STEPS:
-      *found, done, state = proceed(params, rng, image, state)
+      *found, done, state = proceed(*given, state)
       report(float(state.t), int(found[2].nfe))
     return found
 
@@ -180,11 +184,12 @@ def _bits_of_pass(compute, run, test_set, paths, repeat):
     if number not in missing:
       continue
     key, image = jax.random.fold_in(rng, number), images['image']
+    condition = images['condition'] if run.model.condition else None
 
     def report(t, nfe, number=number):
       progress(number, f'batch {number} is at t = {t:.3g} after {nfe} NFE')
 
-    bits, error, found = compute(run.params, key, image, report)
+    bits, error, found = compute(run.params, key, image, report, condition)
     if not found.success:
       what = f'The ODE solver failed on test batch {number}'
       keys = 'config.sampling.rtol', 'config.sampling.atol'
@@ -270,8 +275,10 @@ def _read_features(folder, names, extract, count):
     yield batch
 
 
-def _make_batches(run, folder, extract):
+def _make_batches(run, folder, extract, test_set):
   """Make this host's part of all batches of samples, and of their features.
+
+  Of a network that is told conditions, they are those of the test set.
 
   Returns:
     The names of the batches.
@@ -283,6 +290,7 @@ def _make_batches(run, folder, extract):
     run,
     len(names) * size,
     size,
+    rows=run.model.given(test_set, min(chosen.num_samples, len(test_set))),
     split=True,
     skip=lambda i: all_hosts(_parts(folder, names[i])),
   )
@@ -369,13 +377,13 @@ class Judge:
     }
 
 
-def sample_evaluator(judge) -> Evaluator:
+def sample_evaluator(judge, test_set) -> Evaluator:
   """Return an evaluator that draws images and compares them with the data."""
 
   def evaluate_samples(run, folder):
     config = run.model.config
     count = config.eval.num_samples
-    names = _make_batches(run, folder, judge.extract)
+    names = _make_batches(run, folder, judge.extract, test_set)
     result = {'sampler': trained.sampler_of(config), 'count': count}
     result |= _scores(
       config, folder, names, judge.extract, judge.reference, count
@@ -409,6 +417,7 @@ def evaluate(config, workdir, eval_folder='eval'):
       it never waits for one.
   """
   model, layout = experiment.build(config), make_layout()
+  config = model.config
   workdir, chosen = pathlib.Path(workdir), config.eval
   check_divisible(chosen.batch_size, 'config.eval.batch_size')
   on_first_host(check_output, workdir / eval_folder)
@@ -418,6 +427,7 @@ def evaluate(config, workdir, eval_folder='eval'):
       experiment.averages_until(saved, steps[-1])
     experiment.claim(config, workdir, write=False)
     test_set = datasets.load(config.data, 'test')
+    experiment.check_conditions(model, test_set)
     facts, evaluators, judged_by = trained.facts(config), [], ''
     if chosen.enable_loss:
       evaluators.append(loss_evaluator(model, test_set, layout))
@@ -428,7 +438,7 @@ def evaluate(config, workdir, eval_folder='eval'):
     elif chosen.enable_sampling:
       judge = Judge.of(config, workdir, chosen.num_samples)
       facts, judged_by = facts | judge.facts, judge.key
-      evaluators.append(sample_evaluator(judge))
+      evaluators.append(sample_evaluator(judge, test_set))
     # What else results depend on, besides what their folder is named by.
     key = digest(schema.marked(config, 'result'), judged_by)[:8]
     for length in chosen.ema_length or [None]:

@@ -48,7 +48,7 @@ def import_released(config, workdir, path):
   )
   state = jax.tree.map(jnp.asarray, state)
   with atomic(workdir) as part:
-    experiment.claim(config, part)
+    experiment.claim(model.config, part)
     with Checkpoints(part, keep_every=1) as saved:
       saved.save(int(found.step), run_lib.without_ema(state), state.ema)
       saved.wait()

@@ -33,10 +33,11 @@ def _distances(x, test):
   return metrics
 
 
-def _draw(run, count):
+def _draw(run, count, dataset):
   """Return (points [count, 2], NFE)."""
   size = run.model.config.eval.batch_size
-  drawn = trained.draw(run, -(-count // size) * size, size)
+  rows = run.model.given(dataset, min(count, len(dataset)))
+  drawn = trained.draw(run, -(-count // size) * size, size, rows=rows)
   samples = [found for _, found in drawn]
   x = np.concatenate([run.model.to_data(found.x) for found in samples])
   return x[:count], float(samples[-1].nfe)
@@ -59,7 +60,7 @@ def evaluator(dataset):
   def evaluate_points(run, folder):
     config = run.model.config
     law, count = toy.DISTRIBUTIONS[config.data.dataset], config.eval.num_samples
-    x, nfe = _draw(run, count)
+    x, nfe = _draw(run, count, dataset)
     metrics = _distances(x, test)
     fresh = law.sample(np.random.default_rng(2), count)
     metrics |= {f'true_{k}': v for k, v in _distances(fresh, test).items()}

@@ -5,10 +5,11 @@ import pathlib
 import jax
 import numpy as np
 
+import experiment
 from commands import trained
 from reporting import pictures
 from runtime.devices import on_first_host
-from runtime.files import check_output, save_npz
+from runtime.files import check_output, digest, save_npz
 from runtime.progress import say
 
 
@@ -34,22 +35,50 @@ def viewable(model, frames, times):
   return 0.5 + (frames - column(centre)) * column(scale)
 
 
+def beside(condition, images):
+  """Return (columns, images) of a picture of samples and their conditions.
+
+  Each condition that is an 8-bit image of as many channels is followed by its
+  samples. Others are not shown.
+
+  Args:
+    condition: conditions [N, ...]; sample k belongs to number k % N.
+    images: uint8 [B, H, W, C], or points [B, D].
+  """
+  n = len(condition)
+  if condition.shape[1:] != images.shape[1:] or images.dtype != np.uint8:
+    return None, images
+  each = max(1, len(images) // n)
+  n = min(n, len(images))
+  rows = [
+    np.uint8(np.clip(condition[:n], 0, 255)),
+    *(images[i * n : (i + 1) * n] for i in range(each)),
+  ]
+  columns = (1 + each) * max(1, 12 // (1 + each))
+  return columns, np.stack(rows, 1).reshape(-1, *images.shape[1:])
+
+
 def sample(config, workdir):
   """Write samples to workdir/samples/step_N-HASH-COUNT.npz and .png.
 
   There are config.sampling.num_samples of them; the .npz holds them as uint8
   `images` (or float32 `points`), the number of score evaluations as `nfe` and,
-  of a network that is told classes, those that were drawn as `label`.
+  of a network that is told classes, those that were drawn as `label`. A network
+  that is told conditions samples for each of config.control.condition in turn,
+  or of the test set; they are `condition`, and their hash is in the name.
   With config.sampling.frames, the way of those of the first batch is there too:
   float32 `frames` [F, B, ...] at `frame_times` [F], and as pictures
   step_N-HASH-COUNT-F_frames.png and .gif, beside step_N-HASH-COUNT-F.npz.
   """
   on_first_host(check_output, pathlib.Path(workdir) / 'samples')
-  run = trained.restore(config, workdir)
-  model, count = run.model, config.sampling.num_samples
+  model, count = experiment.build(config), config.sampling.num_samples
+  rows = trained.conditions_of(model, count)
+  run = trained.restore(config, workdir, model)
   size = trained.batch_size(config, count)
   samples, labels, film = [], [], {}
-  batches = trained.draw(run, count, size, frames=config.sampling.frames)
+  batches = trained.draw(
+    run, count, size, rows=rows, frames=config.sampling.frames
+  )
   for number, found in batches:
     samples.append(model.to_data(found.x))
     if found.label is not None:
@@ -62,15 +91,20 @@ def sample(config, workdir):
   samples = np.concatenate(samples)[:count]
   what = 'points' if config.data.dims else 'images'
   # Neither fewer samples nor those without frames replace what is there.
-  numbers = filter(None, (count, config.sampling.frames))
+  told = digest(*rows.values())[:8] if rows else ''
+  numbers = filter(None, (told, count, config.sampling.frames))
   name = '-'.join([run.name, *map(str, numbers)])
   path = run.workdir / 'samples' / f'{name}.npz'
   arrays = {what: samples, 'nfe': np.asarray(found.nfe)}
   if labels:
     arrays['label'] = np.concatenate(labels)[:count]
+  columns, shown = None, samples if config.data.dims else samples[:400]
+  if rows:
+    condition = rows['condition']
+    arrays['condition'] = condition[np.arange(count) % len(condition)]
+    columns, shown = beside(condition, shown)
   save_npz(path, **arrays, **film)
-  shown = samples if config.data.dims else samples[:400]
-  pictures.save_samples(path.with_suffix('.png'), shown)
+  pictures.save_samples(path.with_suffix('.png'), shown, columns=columns)
   say(f'{count} samples, {int(found.nfe)} NFE each: {path} and .png.')
   if film:
     frames = model.to_data(viewable(model, *film.values()))

@@ -18,6 +18,7 @@ import numpy as np
 import experiment
 from checkpoints.workdir import Checkpoints
 from configs import schema
+from data import conditions, datasets
 from experiment import Experiment
 from runtime.devices import (
   Layout,
@@ -105,6 +106,7 @@ def restore(config, workdir, model=None) -> Run:
     FileNotFoundError, ValueError: there is none, or it is of another config.
   """
   model, lengths = model or experiment.build(config), config.eval.ema_length
+  config = model.config
   if len(lengths) > 1:
     raise ValueError(
       f'config.eval.ema_length={lengths} needs to be one length: only --mode '
@@ -139,6 +141,31 @@ def sampler_of(config) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------- samples
+
+
+def conditions_of(model, count: int) -> dict[str, np.ndarray]:
+  """Return what samples of a network that is told conditions are given.
+
+  Args:
+    model: an Experiment.
+    count: number of samples.
+
+  Returns:
+    {} if it is told none; else rows for `draw`: 'condition', those of
+    config.control.condition, or the first of the test set, then with 'label'
+    for a network that is told classes.
+
+  Raises:
+    FileNotFoundError, ValueError: there are none, or they do not suit it.
+  """
+  path = model.config.control.condition
+  if path:
+    return {'condition': conditions.read(path, model.config.data)}
+  if not model.condition:
+    return {}
+  test_set = datasets.load(model.config.data, 'test')
+  experiment.check_conditions(model, test_set)
+  return model.given(test_set, min(count, len(test_set)))
 
 
 def batch_size(config, count: int) -> int:
@@ -192,7 +219,8 @@ def draw(
     count: number of samples in all.
     size: samples of a batch, divisible by the number of devices.
     guide: a Guidance, guide(score_fn, sde, **rows, **shared) -> score_fn.
-    rows: what each sample is guided by, arrays [count, ...].
+    rows: what each sample is guided by, arrays [count, ...], or of fewer
+      rows, which are repeated.
     shared: what all samples are guided by, pytrees.
     frames: states to record; 0 for none.
     split: whether samples stay on the devices that made them, rather than
@@ -214,7 +242,7 @@ def draw(
     found = None
     if not skip(number):
       members = np.arange(start, start + size) % count
-      mine = {key: spread(value[members]) for key, value in rows.items()}
+      mine = {k: spread(v[members % len(v)]) for k, v in rows.items()}
       rng = jax.random.fold_in(jax.random.key(run.model.config.seed), number)
       found = make(run.params, rng, mine, shared or {})
       limit = DIVERGED if guide else math.inf

@@ -142,10 +142,12 @@ class Training(Options):
   snapshot_sampling: bool = option(
     True, 'Whether a picture of samples is drawn at each kept checkpoint.'
   )
-  label_dropout: float = option(
+  condition_dropout: float = option(
     0.1,
-    'Share of examples without a label, if model.num_labels is set.',
+    'Share of examples without class and condition, with model.num_labels or '
+    'model.condition.',
     '[0, 1]',
+    formerly='training.label_dropout',
   )
 
 
@@ -419,7 +421,8 @@ def unused(config) -> list[str]:
   They differ from the default, but belong to a choice that was not made.
   """
   chosen, lines = chosen_keys(config), []
-  if config.model.get('num_labels'):  # Such a network is guided by itself.
+  if config.model.get('num_labels') or config.model.get('condition'):
+    # Such a network is guided by itself.
     chosen |= {
       f'control.{o.name}' for o in options.declared(CONTROLS['labels'])
     }

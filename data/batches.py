@@ -30,6 +30,8 @@ class Dataset:
       this resolution, and the labels. They do not depend on names of files.
     classes: names of the classes; empty where they have only numbers.
     notes: lines about what of the files is not used, or was changed.
+    more: function of indices [n] that returns further arrays [n, ...] by name,
+      which batches hold too: 'condition', where there are conditions.
   """
 
   name: str
@@ -39,6 +41,7 @@ class Dataset:
   fingerprint: str
   classes: tuple[str, ...] = ()
   notes: tuple[str, ...] = ()
+  more: Callable = lambda indices: {}
 
   def __len__(self):
     return self.size
@@ -51,11 +54,13 @@ class Dataset:
     """Return a batch of the images at indices [n].
 
     Returns:
-      {'image': uint8 [n, H, W, C], 'label': int32 [n], 'index': int64 [n]}.
+      {'image': uint8 [n, H, W, C], 'label': int32 [n], 'index': int64 [n]}, and
+      what `more` returns.
     """
     indices = np.asarray(indices, np.int64)
     images, labels = self.read(indices)
-    return {'image': images, 'label': labels, 'index': indices}
+    known = {'image': images, 'label': labels, 'index': indices}
+    return known | self.more(indices)
 
 
 @functools.lru_cache(maxsize=4)

@@ -53,9 +53,10 @@ def cifar10(config, split):
 
 
 def npz(config, split):
-  """Return the images of an .npz or .npy file; see `sources.read_npz`."""
+  """Return the images of an .npz or .npy file; see `sources.stored`."""
   path = sources.existing_path(config, 'an .npz of images')
-  return sources.in_memory(config, *sources.read_npz(path, split))
+  images, labels, classes, condition = sources.stored(path, split)
+  return sources.in_memory(config, images, labels, classes, condition=condition)
 
 
 def digits(config, split):
@@ -444,6 +445,24 @@ class Data(Options):
   dims: int = option(
     0, 'Coordinates of a point, where the data are no images.', '[0, inf)'
   )
+  condition_shape: tuple[int, ...] = option(
+    (),
+    'Shape of the condition of an example, for model.condition; empty for that '
+    'in the data.',
+    '[1, 1e7]',
+  )
+  condition_mean: tuple[float, ...] = option(
+    (),
+    'What is subtracted from each channel of conditions, or from all; empty to '
+    'find it in the training data.',
+    '(-inf, inf)',
+  )
+  condition_std: tuple[float, ...] = option(
+    (),
+    'What each channel of conditions is divided by then, or all; empty to find '
+    'it in the training data.',
+    '(0, inf)',
+  )
   random_flip: bool = option(
     True, 'Mirror training images left to right with probability 1/2.'
   )
@@ -529,6 +548,8 @@ def describe(train, test):
     if len(listed) > 20:
       listed = [*listed[:10], '...', *listed[-3:]]
     first += f'; {train.num_classes} classes: {", ".join(listed)}'
+  if 'condition' in (given := train.more(np.arange(1))):
+    first += f'; each has a condition {given["condition"].shape[1:]}'
   notes = [note for note in train.notes if note in test.notes]
   for which, of in (('training', train), ('tests', test)):
     notes += [f'Of {which}: {n}' for n in of.notes if n not in notes]

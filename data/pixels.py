@@ -157,10 +157,10 @@ def preprocess(rng, image, *, random_flip, uniform_dequantization, centered):
 
   Args:
     rng: JAX key; it draws flips and noise for the whole global batch.
-    image: uint8 [B, H, W, C]. Floats are points [B, D], which are returned
-      unchanged.
+    image: uint8 [B, H, W, C]. Floats [B, *space, C] are no 8-bit images: their
+      values stay as they are.
     random_flip: whether each image is mirrored left to right with probability
-      1/2.
+      1/2; what has not two spatial axes is not.
     uniform_dequantization: whether values are (x + u) / 256 with u ~ U[0, 1);
       otherwise they are x / 255.
     centered: whether the range of the model is [-1, 1]; otherwise [0, 1].
@@ -168,13 +168,13 @@ def preprocess(rng, image, *, random_flip, uniform_dequantization, centered):
   Returns:
     float32 [B, H, W, C] in the range of the model.
   """
-  if jnp.issubdtype(image.dtype, jnp.floating):
-    return image
   flip_rng, noise_rng = jax.random.split(rng)
   x = image.astype(jnp.float32)
-  if random_flip:
+  if random_flip and x.ndim == 4:
     flip = jax.random.bernoulli(flip_rng, shape=(x.shape[0], 1, 1, 1))
     x = jnp.where(flip, x[:, :, ::-1], x)
+  if jnp.issubdtype(image.dtype, jnp.floating):
+    return x
   if uniform_dequantization:
     x = (x + jax.random.uniform(noise_rng, x.shape)) / 256
   else:

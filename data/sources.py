@@ -18,6 +18,7 @@ import stat
 
 import numpy as np
 
+from data import conditions
 from data.batches import Dataset, permutation
 from data.pixels import fit_array, fit_image, uint8_images
 from runtime.files import (
@@ -133,7 +134,7 @@ class DecodedImages:
     return self.images[indices], self.labels[indices]
 
 
-def in_memory(config, images, labels, num_classes, classes=()):
+def in_memory(config, images, labels, num_classes, classes=(), condition=None):
   """Return a Dataset of arrays.
 
   Args:
@@ -142,6 +143,7 @@ def in_memory(config, images, labels, num_classes, classes=()):
     labels: integers [N].
     num_classes: number of classes, or 0.
     classes: their names, if they have any.
+    condition: conditions [N, ...], or None.
   """
   images = fit_array(
     images,
@@ -150,13 +152,15 @@ def in_memory(config, images, labels, num_classes, classes=()):
     where=f'{config.dataset} {config.path}'.strip(),
   )
   labels = labels.astype(np.int32)
+  given = {} if condition is None else {'condition': condition}
   return Dataset(
     name=config.dataset,
     size=len(images),
     read=lambda indices: (images[indices], labels[indices]),
     num_classes=num_classes,
-    fingerprint=digest(images, labels),
+    fingerprint=digest(images, labels, *given.values()),
     classes=classes,
+    more=lambda indices: {k: v[indices] for k, v in given.items()},
   )
 
 
@@ -501,30 +505,40 @@ def _whole_labels(array, where, size=None):
 
 
 def read_npz(path, split):
-  """Return the images, labels and number of classes of an .npz or .npy file.
+  """Return images, labels and number of classes, without conditions.
 
-  The arrays are x_train and x_test, optionally with y_train and y_test; or
-  images, optionally with labels; or arr_0, optionally with arr_1, as in files
-  of samples. An .npy holds images alone. Where the file has no splits, a fixed
-  tenth is the test set.
+  Args and errors are those of `stored`.
+  """
+  return stored(path, split)[:3]
+
+
+def stored(path, split):
+  """Return what an .npz or .npy file of images holds.
+
+  The arrays are x_train and x_test, optionally with y_train and y_test,
+  condition_train and condition_test; or images, optionally with labels and
+  condition; or arr_0, optionally with arr_1, as in files of samples. An .npy
+  holds images alone. Where the file has no splits, a fixed tenth is the test
+  set.
 
   Args:
     path: path of the file.
     split: 'train', 'test', or 'all' for all images of a file without splits.
 
   Returns:
-    uint8 [N, H, W, C]; integers [N], which are 0 without labels; and the number
-    of classes, which is 0 without labels.
+    uint8 [N, H, W, C]; integers [N], which are 0 without labels; the number of
+    classes, which is 0 without labels; and conditions [N, ...] or None.
 
   Raises:
     ValueError: the file has other arrays, or arrays with other values.
   """
   arrays = _arrays(path)
   if f'x_{split}' in arrays:
-    x, y = f'x_{split}', f'y_{split}'
+    x, y, c = f'x_{split}', f'y_{split}', f'condition_{split}'
     ys = [k for k in ('y_train', 'y_test') if k in arrays]
   else:
     x, y = ('images', 'labels') if 'images' in arrays else ('arr_0', 'arr_1')
+    c = 'condition'
     ys = [y] if y in arrays else []
   if x not in arrays:
     splits = '' if split == 'all' else 'x_train and x_test, or '
@@ -532,13 +546,16 @@ def read_npz(path, split):
       f'{path} holds {sorted(arrays)}: name the images {splits}images, or arr_0'
     )
   images = uint8_images(arrays[x], f'{path}:{x}')
-  labels = np.zeros(len(images), np.int32)
+  labels, condition = np.zeros(len(images), np.int32), arrays.get(c)
   if y in arrays:
     labels = _whole_labels(arrays[y], f'{path}:{y}', len(images))
+  if condition is not None:
+    condition = conditions.checked(condition, f'{path}:{c}', len(images))
   ys = [_whole_labels(arrays[k], f'{path}:{k}') for k in ys]
   if not x.startswith('x_'):
     members = split_indices(len(images), split)
     images, labels = images[members], labels[members]
+    condition = None if condition is None else condition[members]
   num_classes = 1 + int(max(y.max(initial=0) for y in ys)) if ys else 0
   least = min((int(y.min()) for y in ys if y.size), default=0)
   if least and split == 'train':
@@ -546,7 +563,7 @@ def read_npz(path, split):
       f'warning: {path} has no images of classes below {least}: labels are '
       'counted from 0.'
     )
-  return images, labels, num_classes
+  return images, labels, num_classes, condition
 
 
 def files_below(root):

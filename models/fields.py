@@ -3,7 +3,7 @@
 Each function returns a new field, because a dataclass takes its fields over.
 """
 
-from models import layers
+from models import conditions, layers
 from runtime import options
 from runtime.options import option
 
@@ -43,6 +43,22 @@ def augment_labels():
   return option(
     0, 'Numbers that tell the network how an image was augmented.', given=True
   )
+
+
+def condition():
+  """Return the field `condition`."""
+  return option(
+    '',
+    "What the network is told of each example: 'vector' (embedded, and added "
+    "to the noise embedding), 'array' (appended to the data as channels), or "
+    'nothing.',
+    choices=('', *conditions.CONDITIONS),
+  )
+
+
+def condition_shape():
+  """Return the field `condition_shape`, which the section `data` owns."""
+  return option((), 'Shape of the condition of an example.', given=True)
 
 
 def embedding_type(default):
@@ -102,8 +118,12 @@ def check(module):
   for name in ('ch_mult', 'fir_kernel'):
     if not getattr(module, name, (1,)):
       raise ValueError(f'{type(module).__name__}: {name}=() is empty.')
-  if getattr(module, 'num_labels', 0) and not module.conditional:
-    raise ValueError(
-      f'{type(module).__name__}: num_labels={module.num_labels} needs '
-      'conditional=True, because classes are added to the noise embedding.'
-    )
+  told = {'num_labels': 'classes'}
+  if getattr(module, 'condition', '') == 'vector':
+    told['condition'] = 'vectors'
+  for name, what in told.items():
+    if (value := getattr(module, name, 0)) and not module.conditional:
+      raise ValueError(
+        f'{type(module).__name__}: {name}={value} needs conditional=True, '
+        f'because {what} are added to the noise embedding.'
+      )

@@ -9,7 +9,7 @@ gradient of an energy, which is a conservative field (Salimans & Ho 2021,
 import flax.linen as nn
 import jax.numpy as jnp
 
-from models import fields, layers
+from models import conditions, fields, layers
 from runtime.options import option
 
 
@@ -25,9 +25,11 @@ class _Body(nn.Module):
   fourier_scale: float
   input_scale: float
   num_labels: int
+  condition: str
+  condition_shape: tuple[int, ...]
 
   @nn.compact
-  def __call__(self, x, cond, label):
+  def __call__(self, x, cond, label, condition):
     act = layers.ACTIVATIONS[self.nonlinearity]
     temb = None
     if self.conditional:
@@ -41,7 +43,8 @@ class _Body(nn.Module):
       temb = layers.embed_noise(temb, self.nf, act)
       if self.num_labels:
         temb = layers.add_label(temb, label, self.num_labels)
-      temb = act(temb)
+    x, temb = conditions.join(self, x, temb, condition)
+    temb = None if temb is None else act(temb)
     h = x
     if self.input_scale:
       init = nn.initializers.normal(2 * jnp.pi * self.input_scale)
@@ -82,6 +85,8 @@ class MLP(nn.Module):
     '[0, inf)',
   )
   num_labels: int = fields.num_labels()
+  condition: str = fields.condition()
+  condition_shape: tuple[int, ...] = fields.condition_shape()
   energy: bool = option(
     False, 'Whether the score is the gradient of a scalar network.'
   )
@@ -91,7 +96,7 @@ class MLP(nn.Module):
     super().__post_init__()
 
   @nn.compact
-  def __call__(self, x, cond, label=None, *, train):
+  def __call__(self, x, cond, label=None, condition=None, *, train):
     """Return the field at points x, [B, D].
 
     Args:
@@ -99,6 +104,7 @@ class MLP(nn.Module):
       cond: noise levels [B]: positive with Fourier features, else steps in
         0..999.
       label: classes [B], for a class-conditional network; None for no class.
+      condition: `conditions.marked` conditions [B, ...]; None for none.
       train: has no effect, because there is no dropout.
     """
     del train
@@ -112,10 +118,12 @@ class MLP(nn.Module):
       fourier_scale=self.fourier_scale,
       input_scale=self.input_scale,
       num_labels=self.num_labels,
+      condition=self.condition,
+      condition_shape=self.condition_shape,
       name='body',
     )
     if not self.energy:
-      return body(x, cond, label)
-    _, vjp = nn.vjp(lambda body, x: body(x, cond, label), body, x)
+      return body(x, cond, label, condition)
+    _, vjp = nn.vjp(lambda body, x: body(x, cond, label, condition), body, x)
     _, gradient = vjp(jnp.ones((x.shape[0], 1)))
     return gradient

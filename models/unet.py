@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax.numpy as jnp
 
-from models import fields, layers
+from models import conditions, fields, layers
 from runtime.options import option
 
 
@@ -40,6 +40,8 @@ class UNet(nn.Module):
   )
   conditional: bool = fields.conditional()
   num_labels: int = fields.num_labels()
+  condition: str = fields.condition()
+  condition_shape: tuple[int, ...] = fields.condition_shape()
   augment_labels: int = fields.augment_labels()
   nonlinearity: str = fields.nonlinearity('swish')
   centered: bool = fields.centered(True)
@@ -65,13 +67,16 @@ class UNet(nn.Module):
     raise NotImplementedError
 
   @nn.compact
-  def __call__(self, x, cond, label=None, augment=None, *, train):
+  def __call__(
+    self, x, cond, label=None, condition=None, augment=None, *, train
+  ):
     """Return the output of the network.
 
     Args:
       x: noisy images [B, H, W, C].
       cond: noise levels [B], as the embedding takes them.
       label: classes [B], for a class-conditional network; None for no class.
+      condition: `conditions.marked` conditions [B, ...]; None for none.
       augment: [B, augment_labels], how the images were augmented; None for
         zeros, images as they are.
       train: whether dropout is active; it draws from the stream 'dropout'.
@@ -100,14 +105,16 @@ class UNet(nn.Module):
       temb = layers.embed_noise(features, 4 * self.nf, act)
     if self.num_labels:
       temb = layers.add_label(temb, label, self.num_labels)
+    channels = x.shape[-1]
     if not self.centered:
       x = 2 * x - 1
+    x, temb = conditions.join(self, x, temb, condition)
 
     hs = self._down(x, temb, block, attention)
     h = block()(hs[-1], temb)
     h = attention()(h)
     h = block()(h, temb)
-    return self._up(h, hs, temb, block, attention, x.shape[-1])
+    return self._up(h, hs, temb, block, attention, channels)
 
   def _down(self, x, temb, block, attention):
     """Return the outputs of the blocks, for the way up."""

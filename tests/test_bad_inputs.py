@@ -35,6 +35,7 @@ FOLDER = f'{TRAIN} --config.data.dataset=folder --config.data.path='
 IMPORT = f'--config={TINY} --mode=import --workdir=new --checkpoint='
 RUN = '--workdir=run --mode='
 CONTROL = f'{RUN}sample --config.control.name='
+TOLD = '--workdir=told_run --mode=sample --config.control.'
 STATS = f'--config={TINY} --mode=stats --workdir=new --config.'
 
 # Each case is 'arguments => texts that the error contains, between |'. Paths
@@ -105,6 +106,7 @@ ADDRESSES = f"""
 {STATS}eval.stats_path=gs://b/s => config.eval.stats_path='gs://b/s'
 {STATS}eval.inception_path=gs://b/w => config.eval.inception_path='gs://b/w'
 {CONTROL}inpaint --config.control.images=gs://b/x => control.images='gs://b/x'
+{RUN}sample --config.control.condition=gs://b/c => control.condition='gs://b/c'
 {CONTROL}inpaint --config.control.mask=gs://b/m => control.mask='gs://b/m'
 {CONTROL}classifier --config.control.classifier_workdir=gs://b/r => gs://b/r
 """
@@ -168,7 +170,7 @@ VALUES = f"""
 {TRAIN} --config.training.times=lognormal => sde.name='edm'
 {TRAIN} --config.training.objective=explicit => data.dataset
 {TRAIN} --config.training.weighting=none => config.training.weighting='none'
-{TRAIN} --config.training.label_dropout=1.1 => config.training.label_dropout
+{TRAIN} --config.training.condition_dropout=1.1 => training.condition_dropout
 {TRAIN} --config.optim.lr=-1e-3 => config.optim.lr=-0.001
 {TRAIN} --config.optim.optimizer=sgd => config.optim.optimizer='sgd'
 {TRAIN} --config.optim.schedule=step => config.optim.schedule='step'
@@ -372,7 +374,31 @@ OUTPUTS = f"""
 --mode=stats --workdir=no_room --config.eval.extractor=json:dumps => no_room/st
 """
 
+VECTOR = f'{TRAIN} --config.model.condition=vector --config.data.'
+FROM = f'{VECTOR}dataset=npz --config.data.path='
+CONDITIONS = f"""
+{VECTOR}dataset=digits => 'digits' has none|condition_train
+{FROM}whole.npz => condition_train
+{FROM}told_half.npz => condition_test
+{FROM}told_few.npz => told_few.npz:condition_train has 3|for 4 examples
+{FROM}told_nan.npz => told_nan.npz:condition_test|not finite
+{FROM}told_other.npz => (2,)|config.data.condition_shape=(3,)
+{FROM}told_same.npz => channel 0|does not vary
+{FROM}told.npz --config.data.condition_std=-1 => config.data.condition_std
+{FROM}told.npz --config.data.condition_std=1,2 => 2 numbers for 3 channels
+{FROM}told.npz --config.model.condition=array => 'array'|(3,)|(8, 8, 1)
+{FROM}told.npz --config.model.condition=vectors => did you mean 'vector'?
+{FROM}told.npz --config.model.name=ncsnv2 => config.model.
+{TOLD}condition=none.npy => none.npy
+{TOLD}condition=text.txt => text.txt
+{TOLD}condition=wide.npy => wide.npy|(4, 5)|[N, 3]
+{TOLD}condition=no_number.npy => no_number.npy|not finite
+{TOLD}condition=names.npz => names.npz
+{RUN}sample --config.control.condition=wide.npy => config.model.condition
+"""
+
 TABLES = {
+  'conditions': CONDITIONS,
   'outputs': OUTPUTS,
   'command_line': COMMAND_LINE,
   'addresses': ADDRESSES,
@@ -435,6 +461,16 @@ def _write_data(folder):
   save('huge_labels', images=images, labels=np.full(4, 2**63, np.uint64))
   save('one_hot', images=images, labels=np.eye(4, dtype=int))
   save('half', x_train=images)
+  both = {'x_train': images, 'x_test': images}
+  told = np.arange(12.0).reshape(4, 3)
+  save('told', **both, condition_train=told, condition_test=told)
+  save('told_half', **both, condition_train=told)
+  save('told_few', **both, condition_train=told[:3], condition_test=told)
+  save('told_nan', **both, condition_train=told, condition_test=told * np.nan)
+  save('told_other', **both, condition_train=told, condition_test=told[:, :2])
+  save('told_same', **both, condition_train=told * 0, condition_test=told)
+  np.save(folder / 'wide.npy', np.zeros((4, 5)))
+  np.save(folder / 'no_number.npy', np.full((4, 3), np.nan))
   os.mkfifo(folder / 'pipe.npz')
   save('one', images=images[:1])
   save('none_in_it', images=images[:0])
@@ -500,6 +536,12 @@ def _write_workdirs(folder):
   formats.export(folder / 'late.safetensors', '{}', params, step=10**30)
   params = jax.tree.map(lambda v: v + np.nan, params)
   formats.export(folder / 'nan.safetensors', '{}', params)
+  told = tiny.get_config(
+    data__dataset='npz', data__path='told.npz', model__condition='vector',
+    data__condition_shape=(3,), data__condition_mean=(0.0,),
+    data__condition_std=(1.0,),
+  )  # fmt: skip
+  experiment.claim(told, folder / 'told_run')
   experiment.claim(model.config, folder / 'untrained')
   text = (folder / 'untrained' / 'config.json').read_bytes()
   for name, content in (

@@ -11,5 +11,5 @@ def get_config():
   change = {'model.ch_mult': (2, 2, 2), 'model.dropout': 0.13}
   # All images have their class: the network is not trained without.
   change |= {'data.augment': 0.12, 'data.random_flip': False}
-  change |= {'training.label_dropout': 0.0}
+  change |= {'training.condition_dropout': 0.0}
   return compose(cifar10, vp, ddpmpp, edm, conditional(10), change)

@@ -280,7 +280,7 @@ def test_a_network_told_the_class_makes_the_class():
     base.vp, base.mlp,
     {
       'data.dims': 2, 'model.num_labels': 3, 'model.input_scale': 0.0,
-      'training.label_dropout': 0.2, 'sampling.num_steps': 60,
+      'training.condition_dropout': 0.2, 'sampling.num_steps': 60,
     },
   )  # fmt: skip
   means = jnp.float32([[1.0, 0.0], [-1.0, 1.0], [-1.0, -1.0]])
