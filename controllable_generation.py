@@ -808,6 +808,7 @@ class Control(Options):
     '',
     'File of the conditions of samples, .npy or .npz, for a network with '
     "model.condition; '' for those of the test set.",
+    path=True,
   )
   classifier_workdir: str = option(
     '',

@@ -670,6 +670,7 @@ def test_paths_may_begin_with_a_tilde(monkeypatch):
   paths = {path for path, key in schema.KEYS.items() if key.option.path}
   assert paths == {
     'control.classifier_workdir',
+    'control.condition',
     'control.images',
     'control.mask',
     'control.weak_workdir',
