@@ -410,9 +410,9 @@ def check(config) -> None:
         f'{", ".join(sorted(key.rpartition(".")[2] for key in known))}.'
       )
   for path, value in values.items():
-    if KEYS[path].option.path:
+    if (expanded := options.expanded(KEYS[path].option, value)) != value:
       section, _, name = path.rpartition('.')
-      config[section][name] = options.expanded(KEYS[path].option, value)
+      config[section][name] = expanded
 
 
 def unused(config) -> list[str]:
