@@ -369,6 +369,13 @@ def call_starts(start, end, n):
   return [start, *range(start - start % n + n, end, n)]
 
 
+def _with_floats(batch):
+  """Return a batch with float32 conditions, which files may have as uint8."""
+  if 'condition' not in batch:
+    return batch
+  return batch | {'condition': batch['condition'].astype(np.float32)}
+
+
 def make_fetch(model, dataset):
   """Return fetch(step) -> this host's part of batches, [n, parts, b, ...].
 
@@ -399,8 +406,7 @@ def make_fetch(model, dataset):
       for number in range(step * parts, (step + n) * parts)
     ]
     fields = {k: np.stack([batch[k] for batch in batches]) for k in names}
-    if 'condition' in fields:  # Files may have it as uint8.
-      fields['condition'] = np.float32(fields['condition'])
+    fields = _with_floats(fields)
     return jax.tree.map(lambda v: v.reshape(n, parts, *v.shape[1:]), fields)
 
   return fetch
@@ -415,7 +421,7 @@ def check_on_device(model, dataset):
     size = 4 if model.config.data.dims else 1
     size = size * math.prod(model.shape(1)) + 4  # The label.
     if model.condition:
-      size += 4 * math.prod(model.config.data.condition_shape)
+      size += dataset.more(np.arange(1))['condition'].nbytes
     size *= len(dataset)
     check_memory(size, 'config.data.on_device=True')
     say(f'Every device holds the training data, {size / 2**20:.1f} MiB.')
@@ -432,7 +438,7 @@ def make_place(model, dataset, layout):
   held = dataset.batch(np.arange(len(dataset)))
   held = to_global(layout.replicated, {k: held[k] for k in _fields(model)})
   take = jax.jit(
-    lambda held, index: jax.tree.map(lambda v: v[index], held),
+    lambda held, index: _with_floats(jax.tree.map(lambda v: v[index], held)),
     in_shardings=(layout.replicated, layout.microbatches),
     out_shardings=layout.microbatches,
   )

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 import experiment
+import run_lib
 from commands import evaluate, sample, trained
 from configs import base
+from data import datasets
 from models import conditions
 from runtime.devices import make_layout
 from runtime.files import load_npz, save_npz
@@ -254,6 +256,30 @@ def test_a_picture_shows_conditions_beside_samples():
   assert shown.ravel().tolist() == [0, 10, 12, 1, 11, 13]
   assert columns % 3 == 0
   assert sample.beside(np.zeros((2, 3)), images)[1] is images
+
+
+def test_batches_hold_conditions_on_devices_too(tmp_path):
+  """They have the shapes and types that the step is compiled for."""
+  image = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 1), np.uint8)
+  np.savez(tmp_path / 'a.npz', images=image, condition=255 - image)
+  found = []
+  for on_device in (False, True):
+    config = tiny.get_config(
+      data__dataset='npz', data__path=str(tmp_path / 'a.npz'),
+      data__on_device=on_device, model__condition='array',
+      training__grad_accumulation=2,
+    )  # fmt: skip
+    model, layout = experiment.build(config), make_layout()
+    dataset = datasets.load(config.data, 'train')
+    fetch = run_lib.make_fetch(model, dataset)
+    batch = run_lib.make_place(model, dataset, layout)(fetch(3))
+    found.append(jax.tree.map(np.asarray, batch))
+    np.testing.assert_array_equal(batch['condition'], 255.0 - batch['image'])
+    shape = lambda v: (v.shape, v.dtype)
+    expected = jax.tree.map(shape, run_lib.abstract_batches(model))
+    assert jax.tree.map(shape, dict(batch)) == expected
+  for name, value in found[0].items():
+    np.testing.assert_array_equal(value, found[1][name])
 
 
 def test_null_is_told_from_the_mean():
