@@ -3,9 +3,11 @@ r"""Show on a CPU that `benchmarks.thirty_minutes` survives two kills.
   python -m benchmarks.dry_run --workdir D --minutes 8
 
 The options are those of `benchmarks.thirty_minutes`, but the config is
-configs/digits_minutes.py and --few is 64 by default. The whole runs twice; the second time it
-has the plan of the first, and is killed (SIGKILL) in training and in sampling.
-Everything but times and speeds must be the same, and both must end in time.
+configs/digits_minutes.py and --few is 64 by default. The whole runs twice. The
+second time it has the plan of the first, and is killed (SIGKILL) in training
+and in sampling. Everything but times and speeds must be the same, and both must
+end in time. Where other programs run, more of the time has to be left free, as
+by --margin 0.6.
 """
 
 import json

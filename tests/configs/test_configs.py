@@ -45,6 +45,8 @@ MILLIONS = {
   've/ffhq_ncsnpp_continuous': 105.79,
   've/celebahq_ncsnpp_continuous': 105.79,
   'edm/cifar10_ddpmpp': 55.73,
+  'edm/cifar10_ect': 55.73,
+  'edm/cifar10_thirty_minutes': 39.40,
 }
 # As released: sigma_max or beta_max, levels (0: continuous time), sampling
 # steps, signal-to-noise ratio, batch, thousands of iterations, EMA rate.
@@ -91,6 +93,7 @@ RELEASED = {
   'edm/cifar10_ddpmpp': (80, 0, 18, 0.16, 512, 390, 0.99929),
   'edm/cifar10_ddpmpp_conditional': (80, 0, 18, 0.16, 512, 390, 0.99929),
   'edm/cifar10_ncsnpp': (80, 0, 18, 0.16, 512, 390, 0.99929),
+  'edm/cifar10_ect': (80, 0, 1000, 0.16, 128, 200, 0.9999),
 }
 
 
