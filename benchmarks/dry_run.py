@@ -51,7 +51,7 @@ def kill(workdir, when):
 
 def main(argv):
   flags = thirty_minutes.FLAGS
-  flags(argv)
+  thirty_minutes.parse([argv[0], *DEFAULTS, *argv[1:]])
   folder = pathlib.Path(flags.workdir).expanduser().absolute()
   whole, killed = finish(folder / 'whole'), folder / 'killed'
   killed.mkdir()

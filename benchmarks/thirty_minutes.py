@@ -50,7 +50,7 @@ FLAGS = flags.FlagValues()
 flags.DEFINE_flag(app.HelpFlag(), flag_values=FLAGS)
 RECIPE = 'configs/edm/cifar10_thirty_minutes.py'
 config_flags.DEFINE_config_file(
-  'config', RECIPE, 'A file of configs/.', flag_values=FLAGS
+  'config', None, f'A file of configs/; {RECIPE} by default.', flag_values=FLAGS
 )
 _GUIDANCE = 'Guidances: scale, or scale:interval_low:interval_high.'
 for define, name, default, meaning in (
@@ -248,7 +248,7 @@ def train(config, workdir, steps, clock):
   every = {'snapshot': steps // KEPT, 'checkpoint': steps // KEPT // SAVES}
   changes = {f'training.{name}_freq': n for name, n in every.items()}
   changes |= {'training.n_iters': steps, 'training.snapshot_sampling': False}
-  config = changed(config, changes | {'eval.enable_loss': False})
+  config = changed(config, changes)
   if steps_done(workdir) < steps:
     run_lib.train(config, workdir)
     if clock.over or steps_done(workdir) < steps:
@@ -259,7 +259,8 @@ def train(config, workdir, steps, clock):
 def score(config, workdir, length, guidance, count, seed):
   """Return a row of the table; what was computed before is read."""
   changes = {'eval.ema_length': (length,), 'eval.num_samples': count}
-  config = changed(config, control_of(guidance) | changes | {'seed': seed})
+  changes |= {'eval.enable_loss': False, 'seed': seed}
+  config = changed(config, control_of(guidance) | changes)
   path, wanted = workdir / 'eval' / 'results.json', as_json(config)
 
   def find():
@@ -349,7 +350,7 @@ def run(config, workdir):
   ):
     try:
       work(config, workdir, clock)
-    except PieceOver:
+    except KeyboardInterrupt:  # PieceOver is one.
       plan = workdir / 'plan.json'
       steps = json.loads(plan.read_text())['steps'] if plan.is_file() else '?'
       say(
@@ -391,8 +392,8 @@ def prepare(config, workdir):
 def main(argv):
   if len(argv) > 1:
     sys.exit(f'error: Unknown argument {argv[1]!r}.')
-  config = FLAGS.config
   try:
+    config = FLAGS.config
     if not FLAGS.workdir:
       raise ValueError('--workdir is missing.')
     schema.check(config)
@@ -408,13 +409,22 @@ def main(argv):
     workdir = pathlib.Path(FLAGS.workdir).expanduser().absolute()
     (prepare if FLAGS.prepare else run)(config, workdir)
   except (ValueError, OSError, FloatingPointError) as error:
-    sys.exit(f'error: {error}')
+    sys.exit(f'error: {" ".join(str(error).split())}')
 
 
 def parse(argv):
-  """Return the arguments that are no flags."""
+  """Return the arguments that are no flags; exit with one line if wrong."""
   flags.FLAGS(argv[:1])
-  return FLAGS(argv)
+  for argument in argv[1:]:
+    path = argument.partition('=')[0].removeprefix('--config.')
+    if argument.startswith('--config.') and path not in schema.KEYS:
+      sys.exit(f'error: {schema.unknown(path)}')
+  if not any(argument.partition('=')[0] == '--config' for argument in argv):
+    argv = [argv[0], f'--config={RECIPE}', *argv[1:]]
+  try:
+    return FLAGS(argv)
+  except (flags.Error, OSError) as error:
+    sys.exit(f'error: {" ".join(str(error).split())}')
 
 
 if __name__ == '__main__':
