@@ -339,7 +339,11 @@ def work(config, workdir, clock):
 
 
 def run(config, workdir):
-  """Work for one piece."""
+  """Work for one piece, or print the table if all is done."""
+  done = workdir / 'thirty_minutes.json'
+  if done.is_file():
+    say(table(json.loads(done.read_text())))
+    return
   workdir.mkdir(parents=True, exist_ok=True)
   limit, whole = 60 * FLAGS.piece_minutes, 60 * FLAGS.minutes
   with (

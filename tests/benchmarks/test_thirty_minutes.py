@@ -167,6 +167,10 @@ def test_pieces(config, options, monkeypatch, tmp_path, capsys):
   assert json.loads((tmp_path / 'plan.json').read_text()) == plan
   table = (tmp_path / 'thirty_minutes.md').read_text()
   assert '| 0.1 | 1.5:0.2:2 | 256 | 43 | 35 | 7.0000 |' in table
+  thirty_minutes.run(config, tmp_path)  # All is done: it prints the table.
+  assert fake.calls == ['evaluate']
+  assert table in capsys.readouterr().out
+  (tmp_path / 'thirty_minutes.json').unlink()
   config.seed = 1
   with pytest.raises(ValueError, match='made with another config'):
     thirty_minutes.run(config, tmp_path)
@@ -176,7 +180,8 @@ def test_pieces(config, options, monkeypatch, tmp_path, capsys):
 def test_dry_run(tmp_path):
   """Two kills in a real run change no number."""
   command = [sys.executable, '-m', 'benchmarks.dry_run', '--minutes=30']
-  command += ['--margin=0.9', f'--workdir={tmp_path}']
+  command += ['--margin=0.9', '--restart_seconds=15', '--guidance=1']
+  command += ['--config.eval.num_samples=64', f'--workdir={tmp_path}']
   done = subprocess.run(
     command, check=False, capture_output=True, text=True,
     cwd=pathlib.Path(__file__).parents[2],
