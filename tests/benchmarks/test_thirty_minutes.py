@@ -179,9 +179,10 @@ def test_pieces(config, options, monkeypatch, tmp_path, capsys):
 @pytest.mark.slow
 def test_dry_run(tmp_path):
   """Two kills in a real run change no number."""
-  command = [sys.executable, '-m', 'benchmarks.dry_run', '--minutes=30']
+  command = [sys.executable, '-m', 'benchmarks.dry_run', '--minutes=40']
   command += ['--margin=0.9', '--restart_seconds=15', '--guidance=1']
   command += ['--config.eval.num_samples=64', f'--workdir={tmp_path}']
+  command += ['--config.training.n_jitted_steps=1']  # Fewer steps are enough.
   done = subprocess.run(
     command, check=False, capture_output=True, text=True,
     cwd=pathlib.Path(__file__).parents[2],
