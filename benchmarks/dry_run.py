@@ -17,6 +17,8 @@ import subprocess
 import sys
 import time
 
+from absl import app
+
 from benchmarks import thirty_minutes
 from runtime.files import write_json
 
@@ -49,10 +51,9 @@ def kill(workdir, when):
   print('Killed.', flush=True)
 
 
-def main(argv):
-  flags = thirty_minutes.FLAGS
-  thirty_minutes.parse([argv[0], *DEFAULTS, *argv[1:]])
-  folder = pathlib.Path(flags.workdir).expanduser().absolute()
+def compare(folder):
+  """Make both runs; exit with one line if they differ or take too long."""
+  limit = 60 * thirty_minutes.FLAGS.minutes
   whole, killed = finish(folder / 'whole'), folder / 'killed'
   killed.mkdir()
   shutil.copy(folder / 'whole' / 'plan.json', killed)
@@ -63,16 +64,29 @@ def main(argv):
   kill(killed, lambda: any(killed.glob('eval/*/samples_0.npz')))
   again = finish(killed)
   for name, result in (('not killed', whole), ('killed twice', again)):
-    print(f'{name}: {result["seconds"]:.0f} s of {60 * flags.minutes:.0f} s')
+    print(f'{name}: {result["seconds"]:.0f} s of {limit:.0f} s')
   if differ := [key for key in SAME if whole[key] != again[key]]:
     sys.exit(f'error: These differ: {", ".join(differ)}.')
-  if max(whole['seconds'], again['seconds']) > 60 * flags.minutes:
+  if max(whole['seconds'], again['seconds']) > limit:
     sys.exit('error: A run took longer than --minutes.')
   print(f'The same in both: {", ".join(SAME)}.')
 
 
-if __name__ == '__main__':
+def main(argv):
+  del argv
+  workdir = thirty_minutes.FLAGS.workdir
   try:
-    main(sys.argv)
+    if not workdir:
+      raise ValueError('--workdir is missing.')
+    compare(pathlib.Path(workdir).expanduser().absolute())
   except (ValueError, OSError, subprocess.CalledProcessError) as error:
     sys.exit(f'error: {error}')
+
+
+def parse(argv):
+  """Return the arguments that are no flags."""
+  return thirty_minutes.parse([argv[0], *DEFAULTS, *argv[1:]])
+
+
+if __name__ == '__main__':
+  app.run(main, flags_parser=parse)

@@ -176,13 +176,34 @@ def test_pieces(config, options, monkeypatch, tmp_path, capsys):
     thirty_minutes.run(config, tmp_path)
 
 
+SMALL = {'training.n_jitted_steps': 1, 'eval.num_samples': 64}
+
+
 @pytest.mark.slow
-def test_dry_run(tmp_path):
-  """Two kills in a real run change no number."""
-  command = [sys.executable, '-m', 'benchmarks.dry_run', '--minutes=40']
-  command += ['--margin=0.9', '--restart_seconds=15', '--guidance=1']
-  command += ['--config.eval.num_samples=64', f'--workdir={tmp_path}']
-  command += ['--config.training.n_jitted_steps=1']  # Fewer steps are enough.
+def test_measured_speeds(config, options, tmp_path):
+  config = thirty_minutes.changed(config, SMALL)
+  config = thirty_minutes.with_reference(config, tmp_path)
+  begun = time.monotonic()
+  found = thirty_minutes.measure(config, tmp_path)
+  seconds = time.monotonic() - begun
+  assert found.keys() == MEASURED.keys()
+  assert 0 < found['train_start'] + found['compile_sampler'] < seconds
+  assert 0 < found['evaluation'] < seconds
+  # It trained 20 steps, and drew 7 batches of samples.
+  assert found['images_per_second'] > 20 * 64 / seconds
+  assert found['samples_per_second'] > 7 * 64 / seconds
+
+
+@pytest.mark.slow
+def test_dry_run(config, tmp_path):
+  """Two kills in a real run change no number; the plan is given here."""
+  command = [sys.executable, '-m', 'benchmarks.dry_run', '--minutes=600']
+  command += ['--few=64', '--guidance=1', f'--workdir={tmp_path}']
+  command += [f'--config.{key}={value}' for key, value in SMALL.items()]
+  config = thirty_minutes.as_json(thirty_minutes.changed(config, SMALL))
+  plan = {'steps': 96, 'seconds': 0.0, 'minutes': 600, 'few': 64}
+  plan |= {'guidance': ['1'], 'config': config}
+  write_json(tmp_path / 'whole' / 'plan.json', plan)
   done = subprocess.run(
     command, check=False, capture_output=True, text=True,
     cwd=pathlib.Path(__file__).parents[2],
