@@ -47,7 +47,7 @@ def classes(workdir):
 
 
 def check(workdir, train, test, *, allow_other=False):
-  """Raise ValueError if a run was trained on other data.
+  """Raise ValueError if a run was trained on other data; say other names.
 
   Args:
     workdir: folder of the run.
@@ -70,6 +70,12 @@ def check(workdir, train, test, *, allow_other=False):
         'config.training.allow_other_data=True.'
       )
     say(f'warning: {line}.')
+  names, now = known.get('classes'), tuple(train.classes)
+  if names and names != now:
+    say(
+      f'warning: the classes {", ".join(names)} of {workdir} are now called '
+      f'{", ".join(now) or "by their numbers"}, in the same order.'
+    )
 
 
 def write(workdir, train, test):

@@ -1,5 +1,6 @@
 """Tests of what a workdir knows of its data: a resume on others is refused."""
 
+import dataclasses
 import json
 
 import jax
@@ -76,6 +77,17 @@ def test_training_says_what_it_is_trained_on(folders, tmp_path, capsys):
     'Left out: 1 .gif (.png, '
   ) in out
   assert record.classes(tmp_path / 'run') == ('cat', 'dog')
+
+
+def test_other_names_of_classes_are_said(tmp_path, capsys):
+  named = lambda *names: dataclasses.replace(numbered(4), classes=names)
+  data = named('cat', 'dog')
+  record.write(tmp_path, data, data)
+  record.check(tmp_path, data, data)
+  assert not capsys.readouterr().out
+  record.check(tmp_path, named('cats', 'dogs'), data)
+  assert 'classes cat, dog of' in (out := capsys.readouterr().out)
+  assert 'are now called cats, dogs, in the same order.' in out
 
 
 def test_a_class_by_its_name(folders, run):
