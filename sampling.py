@@ -17,7 +17,7 @@ import numpy as np
 
 from runtime.options import option
 from solvers import adaptive_sde, base, consistency, langevin, ode, plans
-from solvers.predictors import CORRECTORS, PREDICTORS
+from solvers.predictors import CORRECTORS, DDIM, PREDICTORS, NoStep
 
 
 def _check_chain(sde, grid):
@@ -90,7 +90,9 @@ class PC(base.LevelSampler):
 
   def _sample(self, rng, score_fn, sde, z, frames):
     t, last = self.times(sde), self.num_steps - 1
-    if last:
+    needless = DDIM, NoStep  # They use marginals, not the chain.
+    steps = self.predictor, self.corrector
+    if last and not all(isinstance(step, needless) for step in steps):
       _check_chain(sde, t)
 
     def level(carry, inputs):

@@ -28,14 +28,16 @@ from controllable_generation import (
   Guidance,
   Method,
   Operator,
+  noise_like,
   told,
 )
 from data import datasets, pixels, record, sources
 from reporting.pictures import save_samples
 from runtime import options
 from runtime.devices import on_first_host
-from runtime.files import check_output, digest, save_npz
+from runtime.files import check_output, digest, load_arrays, save_npz
 from runtime.progress import say
+from solvers import predictors
 
 
 def _build(table, config, key):
@@ -371,29 +373,38 @@ class InverseTask(Task):
   Attributes:
     operator, method: what measures, and what takes the measurements to a score.
     originals, shown: uint8 [N, H, W, C]: images, and pictures of what is
-      measured of them.
+      measured of them; None for measurements of a file; points are not shown.
     measurements: [N, ...].
   """
 
   operator: Operator
   method: Method
-  originals: np.ndarray
-  shown: np.ndarray
+  originals: np.ndarray | None
+  shown: np.ndarray | None
   measurements: np.ndarray
+
+  @property
+  def identity(self):
+    version = getattr(self.operator, 'version', None)  # Of the user's code.
+    base = super().identity
+    return digest(base, version)[:8] if version else base
 
   def guide(self, score_fn, sde, *, y, label=None, condition=None):
     score_fn = told(score_fn, label, condition)
     return self.method(score_fn, sde, operator=self.operator, y=y)
 
   def present(self, images):
-    originals, shown = self.originals[:, None], self.shown[:, None]
-    found = images.reshape(len(originals), -1, *images.shape[1:])
-    rows = np.concatenate([originals, shown, found], axis=1)
+    found = images.reshape(len(self.measurements), -1, *images.shape[1:])
     arrays = {
-      'images': found,
-      'originals': self.originals,
+      'points' if images.ndim == 2 else 'images': found,
       'measurements': self.measurements,
     }
+    if self.originals is not None:
+      arrays['originals'] = self.originals
+    if images.ndim == 2:
+      return arrays, images, None
+    beside = [v[:, None] for v in (self.originals, self.shown) if v is not None]
+    rows = np.concatenate([*beside, found], axis=1)
     return arrays, rows.reshape(-1, *rows.shape[2:]), rows.shape[1]
 
 
@@ -411,7 +422,22 @@ def inverse_problem(model):
   if method.orthonormal_only and not operator.orthonormal:
     raise ValueError(
       f'config.control.name={name!r} is no projection: set config.control.'
-      "method to 'pigdm' or 'dps'."
+      "method to 'mmps', 'pigdm', 'diffpir' or 'dps'."
+    )
+  if method.linear_only and not operator.linear:
+    raise ValueError(
+      f'config.control.name={name!r} is not linear, so that it has no singular '
+      f'value decomposition for config.control.method={config.control.method!r}'
+      ": use 'mmps', 'pigdm', 'diffpir' or 'dps'."
+    )
+  if method.linear_only:
+    operator.svd(model.shape(1))  # It may be too large.
+  followed = getattr(model.sampler, 'predictor', None)
+  if method.own_steps and not isinstance(followed, predictors.DDIM):
+    raise ValueError(
+      f'config.control.method={config.control.method!r} has steps of its own: '
+      "set config.sampling.method='pc' and config.sampling.predictor='ddim' "
+      '(in the paper with sampling.eta=0.85 and 20 steps).'
     )
   if method.random and config.sampling.method != 'pc':
     raise ValueError(
@@ -436,29 +462,77 @@ def _originals(config):
   return dataset.fetch(np.arange(min(control.num_images, len(dataset))))
 
 
+def read_measurements(path, operator, shape):
+  """Return the measurements [N, ...] of a file.
+
+  Args:
+    path: config.control.measurements.
+    operator: what measured them.
+    shape: of the data, [B, ...].
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: they are not what the operator makes, or not finite.
+  """
+  name = f'config.control.measurements={path!r}'
+  found = load_arrays(
+    pathlib.Path(path).expanduser(), f'{name}: an .npy or .npz'
+  )
+  if isinstance(found, dict):
+    if 'measurements' not in found:
+      raise ValueError(
+        f"{name} has no array 'measurements', but {', '.join(found) or 'none'}."
+      )
+    found = found['measurements']
+  made = jax.eval_shape(operator, jax.ShapeDtypeStruct(shape, jnp.float32))
+  if found.shape[1:] != made.shape[1:] or not found.size:
+    wanted = ', '.join(map(str, ('N', *made.shape[1:])))
+    raise ValueError(
+      f'{name} is of shape {found.shape}, but the operator makes [{wanted}].'
+    )
+  is_complex = jnp.issubdtype(made.dtype, jnp.complexfloating)
+  if found.dtype.kind not in ('biufc' if is_complex else 'biuf'):
+    raise ValueError(
+      f'{name} is of type {found.dtype}, but the operator makes {made.dtype}.'
+    )
+  found = found.astype(made.dtype)
+  if not np.isfinite(found).all():
+    raise ValueError(
+      f'{name} has {np.count_nonzero(~np.isfinite(found))} values that are no '
+      'finite numbers: leave out what was not measured by the operator.'
+    )
+  return found
+
+
 def inverse_task(model, workdir):
-  """Return the task of reconstructing images from measurements."""
+  """Return the task of reconstructing data from measurements."""
   del workdir
   check_no_label(model.config)
   operator, method = inverse_problem(model)
   config, centered = model.config, model.config.data.centered
-  originals = _originals(config)
-  x0 = pixels.scaler(jnp.float32(originals) / 255, centered=centered)
-  y = operator(x0)
-  noise = jax.random.normal(jax.random.key(config.seed + 1), y.shape)
-  y = np.asarray(y + method.noise_std * noise)
-  given = trained.conditions_of(model, len(originals))
+  shape, originals, shown = model.shape(1), None, None
+  if config.control.measurements:
+    y = read_measurements(config.control.measurements, operator, shape)
+  else:
+    originals = _originals(config)
+    x0 = jnp.float32(originals)
+    x0 = x0 if config.data.dims else x0 / 255
+    y = operator(pixels.scaler(x0, centered=centered))
+    noise = noise_like(jax.random.key(config.seed + 1), y)
+    y = np.asarray(y + method.noise_std * noise)
+  given = trained.conditions_of(model, len(y))
+  others = config.control.images or config.control.measurements
   for name, rows in given.items():
-    if len(rows) != len(originals) or (
-      config.control.images and not config.control.condition
-    ):
+    if len(rows) != len(y) or (others and not config.control.condition):
       raise ValueError(
-        f'The {len(originals)} images of control need as many conditions: give '
-        f'config.control.condition, which has {len(rows)} for a {name} each.'
+        f'The {len(y)} images or measurements of control need as many '
+        'conditions: give config.control.condition, which has '
+        f'{len(rows)} for a {name} each.'
       )
   rows = {'y': y, **given}
-  shown = operator.picture(jnp.asarray(y), x0.shape)
-  shown = pixels.inverse_scaler(shown, centered=centered)
+  if not config.data.dims:
+    shown = operator.picture(jnp.asarray(y), (len(y), *shape[1:]))
+    shown = model.to_data(pixels.inverse_scaler(shown, centered=centered))
   return InverseTask(
     rows={
       k: np.repeat(v, config.control.repeats, axis=0) for k, v in rows.items()
@@ -466,7 +540,7 @@ def inverse_task(model, workdir):
     operator=operator,
     method=method,
     originals=originals,
-    shown=model.to_data(shown),
+    shown=shown,
     measurements=y,
   )
 
@@ -515,9 +589,10 @@ def sample(config, workdir):
   The second hash is of what the samples are guided by: labels, measurements,
   the weights of a classifier.
   The .npz contains uint8 `images`, `nfe` and, for classes, `label`. For inverse
-  problems `images` are [N, repeats, H, W, C], with `originals` and
-  `measurements` beside them. In the picture of an inverse problem a row is an
-  original, its measurement and the reconstructions.
+  problems `images` are [N, repeats, H, W, C] (or `points` [N, repeats, D]),
+  with `measurements` and, if they are known, `originals` beside them. In the
+  picture of an inverse problem a row is an original, its measurement and the
+  reconstructions.
 
   Args:
     config: a ConfigDict whose control.name is not empty.

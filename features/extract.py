@@ -5,9 +5,6 @@ has a variant, which results and statistics name, and an identity, which the
 names of files contain.
 """
 
-import importlib
-import pathlib
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from features import inception, weights
+from runtime import user_code
 from runtime.devices import largest
 from runtime.files import digest
 
@@ -149,32 +147,10 @@ def find_extractor(name: str) -> Extract:
   Raises:
     ValueError: there is no such module or function.
   """
-  module_name, _, function_name = name.partition(':')
-  try:
-    module = importlib.import_module(module_name)
-    function = getattr(module, function_name)
-    source = pathlib.Path(module.__file__).read_bytes()
-    if not callable(function):
-      raise TypeError(f'{function_name} is no function')
-  except (Exception, SystemExit) as error:  # It is a program of the user.
-    raise ValueError(
-      f'config.eval.extractor={name!r} is no module:function that can be '
-      f'imported: {error or type(error).__name__}'
-    ) from error
-  shown = largest(int(digest(*_shown(function))[:7], 16))  # On all hosts.
+  extract, source = user_code.find('eval.extractor', name)
+  shown = digest(*_shown(extract.__wrapped__))
+  shown = largest(int(shown[:7], 16))  # On all hosts.
   version = digest(source, shown)[:8]
-
-  def extract(images):
-    try:
-      return function(images)
-    except MemoryError:
-      raise
-    except (Exception, SystemExit) as error:  # It is a program of the user.
-      line = traceback.extract_tb(error.__traceback__)[-1]
-      raise ValueError(
-        f'config.eval.extractor={name!r} raised {type(error).__name__}: '
-        f'{error} ({line.filename}, line {line.lineno})'
-      ) from error
 
   extract.variant = f'{name.replace(":", ".")}-{version}'
   extract.logits_hint = (

@@ -7,6 +7,7 @@ corrector stays at time t.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -131,6 +132,61 @@ class Ancestral(Options):
     return x_mean + noise, x_mean
 
 
+def ddim(
+  rng: Rng,
+  sde: SDE,
+  x: State,
+  t: Times,
+  t_next: Times,
+  x0_hat: State,
+  eta: float,
+) -> Step:
+  """Return (x, x_mean) at t_next, if E[x_0 | x] at time t is x0_hat.
+
+  x = alpha x0_hat + sigma (sqrt(1 - eta^2) n + eta z) with new noise z and the
+  noise n = (x - alpha x0_hat) / sigma of time t.
+  """
+  alpha, sigma = (expand(c, x) for c in sde.marginal(t))
+  alpha_next, sigma_next = (expand(c, x) for c in sde.marginal(t_next))
+  noise = (x - alpha * x0_hat) / sigma
+  mean = alpha_next * x0_hat + math.sqrt(1 - eta**2) * sigma_next * noise
+  return mean + eta * sigma_next * _normal_like(rng, x), mean
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DDIM(Options):
+  """Step of DDIM with a share eta of new noise; DDRM's own steps.
+
+  With eta = 0 it is DDIM (Song et al. 2021a, Eq. 12), and for eta > 0 the step
+  of DiffPIR (Zhu et al. 2023, Algorithm 1, zeta = eta^2) and of DDRM (Kawar et
+  al. 2022). New noise of a constant share suits few steps: the more there are,
+  the more the samples shrink to means. Scores that bring a step, such as those
+  of `controllable_generation.DDRM`, take that step.
+
+  Example:
+    >>> DDIM(eta=0.85)
+    DDIM(eta=0.85)
+  """
+
+  eta: float = option(
+    0.0, 'Share of new noise at each step of the predictor ddim.', '[0, 1]'
+  )
+
+  def __call__(
+    self,
+    rng: Rng,
+    score_fn: ScoreFn,
+    sde: SDE,
+    x: State,
+    t: Times,
+    t_next: Times,
+  ) -> Step:
+    if hasattr(score_fn, 'step'):
+      return score_fn.step(rng, x, t, t_next, self.eta)
+    x0_hat = sde.denoise(x, t, score_fn(x, t))
+    return ddim(rng, sde, x, t, t_next, x0_hat, self.eta)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoStep(Options):
   """No step: x stays as it is, without a score evaluation.
@@ -220,6 +276,7 @@ PREDICTORS = {
   'euler_maruyama': EulerMaruyama,
   'reverse_diffusion': ReverseDiffusion,
   'ancestral': Ancestral,
+  'ddim': DDIM,
   'none': NoStep,
 }
 
