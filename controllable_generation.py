@@ -327,7 +327,9 @@ def dense_svd(
 
   with jax.ensure_compile_time_eval():
     basis = jnp.eye(size).reshape(size, *shape[1:])
-    matrix = np.asarray(flat(operator(basis)), np.float64).T
+    matrix = np.asarray(
+      jax.jit(lambda x: flat(operator(x)))(basis), np.float64
+    ).T
   u, values, vt = np.linalg.svd(matrix, full_matrices=False)
   kept = values > 1e-5 * values.max()
   u, vt = (jnp.float32(v) for v in (u[:, kept], vt[kept]))

@@ -430,8 +430,6 @@ def inverse_problem(model):
       f'value decomposition for config.control.method={config.control.method!r}'
       ": use 'mmps', 'pigdm', 'diffpir' or 'dps'."
     )
-  if method.linear_only:
-    operator.svd(model.shape(1))  # It may be too large.
   followed = getattr(model.sampler, 'predictor', None)
   if method.own_steps and not isinstance(followed, predictors.DDIM):
     raise ValueError(
@@ -439,6 +437,8 @@ def inverse_problem(model):
       "set config.sampling.method='pc' and config.sampling.predictor='ddim' "
       '(in the paper with sampling.eta=0.85 and 20 steps).'
     )
+  if method.linear_only:
+    operator.svd(model.shape(1))  # It may be too large.
   if method.random and config.sampling.method != 'pc':
     raise ValueError(
       'config.control.fresh_noise needs config.sampling.method=pc: other '

@@ -10,7 +10,8 @@ from collections.abc import Callable
 def find(key: str, name: str) -> tuple[Callable, bytes]:
   """Return a function of the user, and the source of its module.
 
-  What the function raises becomes a ValueError of one line, with the place.
+  What the function raises becomes a ValueError of one line, with the place in
+  its module.
 
   Args:
     key: the dotted key of the config that names it, for errors.
@@ -39,7 +40,9 @@ def find(key: str, name: str) -> tuple[Callable, bytes]:
     except MemoryError:
       raise
     except (Exception, SystemExit) as error:  # It is a program of the user.
-      line = traceback.extract_tb(error.__traceback__)[-1]
+      lines = traceback.extract_tb(error.__traceback__)
+      own = [line for line in lines if line.filename == module.__file__]
+      line = (own or lines)[-1]
       reason = ' '.join(str(error).split())
       raise ValueError(
         f'config.{key}={name!r} raised {type(error).__name__}: {reason:.200} '

@@ -1,5 +1,8 @@
 """Test `--mode sample` with config.control, on networks of a few channels."""
 
+import importlib
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +17,7 @@ from checkpoints.workdir import Checkpoints, restore_ema
 from commands import control, evaluate, exchange
 from configs import base
 from data import datasets
+from experiment import load_config
 from runtime.files import load_npz
 from tests import tiny
 
@@ -77,7 +81,11 @@ WRONG = [
   ({'name': 'labels'}, 'num_labels'),
   ({'name': 'classifier'}, 'classifier_workdir'),
   ({'name': 'inpaint', 'method': 'magic'}, 'is unknown'),
-  ({'name': 'deblur'}, "method to 'pigdm' or 'dps'"),
+  ({'name': 'deblur'}, "method to 'mmps', 'pigdm', 'diffpir' or 'dps'"),
+  ({'name': 'overexposed', 'method': 'ddrm'}, 'is not linear'),
+  ({'name': 'inpaint', 'method': 'ddrm'}, "sampling.predictor='ddim'"),
+  ({'name': 'own'}, 'needs config.control.operator'),
+  ({'name': 'own', 'operator': 'none:f'}, 'no module:function'),
   ({'name': 'inpaint', 'method': 'dps'}, 'above 0'),
   ({'name': 'colorize'}, '3 channels'),
   ({'name': 'super_resolution', 'factor': 3}, 'does not divide'),
@@ -120,6 +128,72 @@ def test_check_of_samplers_and_points():
   config = get_config(control__name='inpaint', data__dims=2)
   with pytest.raises(ValueError, match='not points'):
     control.make_task(unbuilt(config))
+
+
+# Arrays of a file, and what the error must say; inpaint makes [N, 32, 1] here.
+Y = np.zeros((3, 32, 1), np.float32)
+BAD_MEASUREMENTS = [
+  (
+    {'measurements': Y[:, :5]},
+    r'of shape \(3, 5, 1\), but .* makes \[N, 32, 1\]',
+  ),
+  ({'measurements': Y[:0]}, r'of shape \(0, 32, 1\)'),
+  ({'measurements': Y + np.nan}, 'has 96 values that are no finite numbers'),
+  ({'measurements': Y + 1j}, 'of type complex64'),
+  ({'measurements': np.full(Y.shape, 'a')}, 'of type <U1'),
+  ({'images': Y}, "has no array 'measurements', but images"),
+]
+
+
+@pytest.mark.parametrize(('arrays', 'line'), BAD_MEASUREMENTS)
+def test_measurements_that_cannot_be_used(arrays, line, tmp_path):
+  path = tmp_path / 'y.npz'
+  np.savez(path, **arrays)
+  config = get_config(control__name='inpaint', control__measurements=str(path))
+  with pytest.raises(ValueError, match=line) as error:
+    control.make_task(unbuilt(config))
+  assert str(path) in str(error.value)
+
+
+def test_measurements_of_a_file(tmp_path):
+  """They are used as they are, and shown without originals."""
+  y = np.random.default_rng(0).random((3, 32, 1), np.float32)
+  np.save(tmp_path / 'y.npy', y)
+  config = get_config(
+    control__name='inpaint', control__measurements=str(tmp_path / 'y.npy')
+  )
+  task = control.make_task(unbuilt(config))
+  np.testing.assert_array_equal(task.rows['y'], np.repeat(y, 2, axis=0))
+  arrays, rows, columns = task.present(np.zeros((6, 8, 8, 1), np.uint8))
+  assert columns == 3 and len(rows) == 9 and 'originals' not in arrays
+  known = np.rint(255 * y[:, 0, 0])
+  np.testing.assert_allclose(rows[::3][:, 0, 0, 0], known, atol=1)
+
+
+def test_an_operator_of_ones_own_of_points(tmp_path, monkeypatch):
+  """Points are measured by a function of the user; its code names the files."""
+  module, names = tmp_path / 'of_points.py', []
+  monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.setattr(sys, 'dont_write_bytecode', True)
+  for comment in ('', '# Another version.'):
+    module.write_text(f'total = lambda x: x.sum(1, keepdims=True){comment}\n')
+    importlib.invalidate_caches()
+    monkeypatch.delitem(sys.modules, 'of_points', raising=False)
+    config = load_config('configs/toy/rings_vp.py')
+    with config.unlocked():
+      config.control.update(
+        name='own', operator='of_points:total', method='mmps', noise_std=0.1
+      )
+    task = control.make_task(unbuilt(config))
+    names.append(task.identity)
+  assert names[0] != names[1]
+  assert task.originals.shape == (8, 2) and task.measurements.shape == (8, 1)
+  np.testing.assert_allclose(
+    task.measurements[:, 0], task.originals.sum(1), atol=0.5
+  )
+  points = np.zeros((32, 2), np.float32)
+  arrays, rows, _ = task.present(points)
+  assert arrays['points'].shape == (8, 4, 2) and rows is points
 
 
 def test_masks(tmp_path):
