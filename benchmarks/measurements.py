@@ -32,10 +32,10 @@ PAGE = pathlib.Path(__file__).parents[1] / 'docs' / 'measurements.md'
 # The tables replace what follows this line of the page.
 MARK = '<!-- measured -->\n'
 SEED, NOISE = 0, 0.2
-MEASUREMENTS, SAMPLES = 50, 200  # Samples of the posterior of each measurement.
+MEASUREMENTS, SAMPLES = 40, 100  # Samples of the posterior of each measurement.
 INTERVAL = 0.9
 KINDS = ('Gaussian', 'Mixture')
-DRAWS = 1_000_000  # Of the prior, for nonlinear operators.
+DRAWS = 300_000  # Of the prior, for nonlinear operators.
 
 
 class Law(typing.NamedTuple):
@@ -194,7 +194,7 @@ def _weighed(x, made, y, rng, count):
   logs = -0.5 * np.sum((made - y) ** 2, axis=1) / NOISE**2
   weights = np.exp(logs - logs.max())
   weights /= weights.sum()
-  if 1 / np.sum(weights**2) < 200:
+  if 1 / np.sum(weights**2) < 50:
     raise RuntimeError('Too few draws of the prior: raise DRAWS.')
   mean = weights @ x
   cov = (weights[:, None] * (x - mean)).T @ (x - mean)
@@ -309,7 +309,7 @@ STEPS, CG_STEPS = (5, 10, 20, 40, 80), (1, 2, 4, 8, 16)
 
 def converge(sde):
   """Return ({cg_steps: Errors}, {num_steps: Errors}) of mmps on a Gaussian."""
-  case = make_case('Gaussian', 'deblur', number=4, count=2000)
+  case = make_case('Gaussian', 'deblur', number=4, count=1000)
   options = {'noise_std': NOISE, 'ramp': 0.0}
 
   def errors(cg_steps, num_steps):
@@ -382,7 +382,7 @@ def page(tables, processes, converged):
   lines += ['', '### Convergence of mmps', '']
   text = (
     'Deblurring of the Gaussian prior: error of the mean · error of the '
-    'covariance, for 4 measurements with 2,000 samples each; exact samples '
+    'covariance, for 4 measurements with 1,000 samples each; exact samples '
     f'have {floor.mean:.3f} · {floor.cov:.3f}.'
   )
   lines += [*textwrap.wrap(text, 80), '', '| | | | | | |', '|---' * 6 + '|']

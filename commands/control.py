@@ -37,7 +37,6 @@ from runtime import options
 from runtime.devices import on_first_host
 from runtime.files import check_output, digest, load_arrays, save_npz
 from runtime.progress import say
-from solvers import predictors
 
 
 def _build(table, config, key):
@@ -430,8 +429,8 @@ def inverse_problem(model):
       f'value decomposition for config.control.method={config.control.method!r}'
       ": use 'mmps', 'pigdm', 'diffpir' or 'dps'."
     )
-  followed = getattr(model.sampler, 'predictor', None)
-  if method.own_steps and not isinstance(followed, predictors.DDIM):
+  followed = config.sampling.method, config.sampling.predictor
+  if method.own_steps and followed != ('pc', 'ddim'):
     raise ValueError(
       f'config.control.method={config.control.method!r} has steps of its own: '
       "set config.sampling.method='pc' and config.sampling.predictor='ddim' "

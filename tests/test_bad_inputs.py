@@ -338,6 +338,19 @@ WORKDIRS = f"""
 {CONTROL}inpaint --config.control.images=none => none
 {CONTROL}deblur => config.control.method
 {CONTROL}inpaint --config.control.method=dps => config.control.noise_std
+{CONTROL}inpaint --config.control.noise_std=-1 => config.control.noise_std=-1.0
+{CONTROL}overexposed --config.control.method=ddrm => ddrm|is not linear
+{CONTROL}inpaint --config.control.method=ddrm => sampling.predictor='ddim'
+{CONTROL}own => config.control.operator
+{CONTROL}own --config.control.operator=own:none => config.control.operator='own
+{CONTROL}own --config.control.operator=own:batch => own:batch|is the batch
+{CONTROL}own --config.control.operator=own:rounded => own:rounded|derivative 0
+{CONTROL}own --config.control.operator=own:narrow => own:narrow|own.py, line 3
+{CONTROL}inpaint --config.control.measurements=none.npy => none.npy
+{CONTROL}inpaint --config.control.measurements=text.txt => text.txt
+{CONTROL}inpaint --config.control.measurements=whole.npz => whole.npz|images
+{CONTROL}inpaint --config.control.measurements=y_flat.npz => y_flat.npz|(2, 5)
+{CONTROL}inpaint --config.control.measurements=y_nan.npz => y_nan.npz|finite
 {RUN}encode --config.sampling.num_samples=0 => config.sampling.num_samples=0
 {RUN}sample --config.control.label=3 => config.control.label='3'
 {CONTROL}inpaint --config.control.label=3 => config.control.label='3'
@@ -490,6 +503,13 @@ def _write_data(folder):
   (folder / 'link' / '1.png').symlink_to(folder / 'none')
   (folder / 'text_png' / '1.png').write_text('no image')
   (folder / 'broken_extractor.py').write_text('raise RuntimeError("no GPU")')
+  (folder / 'own.py').write_text(
+    'batch = lambda x: x[:1]\n'
+    'rounded = lambda x: x.round()\n'
+    'narrow = lambda x: x.reshape(-1, 7)\n'
+  )
+  save('y_flat', measurements=np.zeros((2, 5)))
+  save('y_nan', measurements=np.full((2, 32, 1), np.nan))
   path = folder / 'damaged' / '1.png'
   path.write_bytes(path.read_bytes()[:60])
   deep = Image.fromarray(np.full((8, 8), 40_000, np.uint16))

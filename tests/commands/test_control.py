@@ -219,6 +219,22 @@ def test_masks(tmp_path):
     make(mask='random', known=0.9999)
 
 
+def test_complex_measurements_and_ddrm(workdir):
+  """They pass through the sharded sampler; each image has two samples."""
+  config = get_config(
+    control__name='fourier', control__method='ddrm', control__known=0.5,
+    sampling__predictor='ddim', sampling__eta=0.85, sampling__num_steps=2,
+  )  # fmt: skip
+  control.sample(config, workdir)
+  arrays, _ = results(workdir, 'fourier')
+  assert arrays['images'].shape == (3, 2, 8, 8, 1)
+  y = arrays['measurements']
+  assert y.shape == (3, 4, 5, 1) and y.dtype == np.complex64
+  operator, _ = control.inverse_problem(unbuilt(config))
+  x = jnp.float32(arrays['originals']) / 255
+  np.testing.assert_allclose(y, operator(x), atol=1e-5)
+
+
 def test_inpainting_keeps_known_pixels(workdir):
   config = get_config(control__name='inpaint')
   control.sample(config, workdir)
