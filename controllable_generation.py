@@ -1314,6 +1314,7 @@ class Control(Options):
     '',
     'File (.npy, or .npz with measurements) of measurements in the range of '
     "the model, in place of images; '' to measure images.",
+    path=True,
   )
   num_images: int = option(8, 'Number of images that are measured.', '[1, 1e7]')
   repeats: int = option(4, 'Reconstructions of each image.', '[1, 1e6]')

@@ -474,9 +474,7 @@ def read_measurements(path, operator, shape):
     ValueError: they are not what the operator makes, or not finite.
   """
   name = f'config.control.measurements={path!r}'
-  found = load_arrays(
-    pathlib.Path(path).expanduser(), f'{name}: an .npy or .npz'
-  )
+  found = load_arrays(path, 'an .npy, or an .npz with measurements')
   if isinstance(found, dict):
     if 'measurements' not in found:
       raise ValueError(
