@@ -375,7 +375,7 @@ class Operator(Options, abc.ABC):
 
   def picture(
     self, y: Inexact[Array, ' B *measured'], shape: tuple[int, ...]
-  ) -> Float[Array, 'B H W C']:
+  ) -> Float[Array, ' B *dims']:
     """Return measurements y as images in the range of the model.
 
     Args:
@@ -403,19 +403,18 @@ def find_svd(operator: Callable[[Array], Array], shape: tuple[int, ...]) -> SVD:
 
 
 def _center(shape, known, rng):
-  """Return the mask that hides the middle half of the height and width."""
+  """Return the mask that hides the middle half of each axis."""
   del known, rng
   mask = np.ones(shape, bool)
-  rows, columns = (slice(n // 4, n - n // 4) for n in shape)
-  mask[rows, columns] = False
+  mask[tuple(slice(n // 4, n - n // 4) for n in shape)] = False
   return mask
 
 
 def _half(shape, known, rng):
-  """Return the mask that hides the right half."""
+  """Return the mask that hides the right half, or the end of a signal."""
   del known, rng
   mask = np.ones(shape, bool)
-  mask[:, shape[1] // 2 :] = False
+  mask[..., shape[-1] // 2 :] = False
   return mask
 
 
@@ -443,6 +442,11 @@ class _Subset(Operator):
   seed: int = option(0, 'Seed of a random mask.', '[0, inf)', given=True)
 
 
+def _space(shape):
+  """Return the axes of space of [B, *space, C]; those of points are [D]."""
+  return shape[1:-1] or shape[1:]
+
+
 # A mask may be an array, which has no hash: objects are compared by identity.
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Inpaint(_Subset):
@@ -455,13 +459,14 @@ class Inpaint(_Subset):
 
   mask: str | np.ndarray = option(
     'half',
-    "Known pixels: 'center' (which is hidden), 'half', 'random', or an image "
-    'file whose white pixels are known; in code also a boolean array [H, W].',
+    "Known pixels: 'center' (which is hidden), 'half', 'random', or a file: an "
+    'image whose white pixels are known, or an .npy of booleans that has the '
+    'axes of space; in code also such an array.',
     path=True,
   )
 
   def pixels(self, shape: tuple[int, ...]) -> Bool[np.ndarray, '*shape']:
-    """Return which pixels are known, as booleans of a shape [H, W].
+    """Return which pixels are known, as booleans of the shape of space, [H, W].
 
     Raises:
       ValueError: the mask has no such name or shape, or all pixels, or none,
@@ -493,11 +498,10 @@ class Inpaint(_Subset):
   def __call__(
     self, x: Float[Array, ' B *dims']
   ) -> Float[Array, 'B known *channels']:
-    return x[:, self.pixels(x.shape[1:3])]
+    return x[:, self.pixels(_space(x.shape))]
 
   def check_shape(self, shape):
-    super().check_shape(shape)
-    self.pixels(shape[1:3])
+    self.pixels(_space(shape))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

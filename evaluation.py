@@ -11,8 +11,8 @@ features are those of Inception (`features.inception`) or any others.
 - improved precision and recall (Kynkaanniemi et al. 2019), density and
   coverage (Naeem et al. 2020), from nearest neighbours.
 
-Metrics of points compare the points: the sliced Wasserstein distance and the
-energy distance.
+Metrics of arrays, and of points, compare them as they are: the sliced
+Wasserstein distance and the energy distance.
 
 FID becomes smaller when the number of samples grows, so every result contains
 that number.
@@ -492,30 +492,48 @@ def score_samples(
   return metrics
 
 
-# --- Distances of points ------------------------------------------------------
+# --- Distances and spectra of arrays ------------------------------------------
+
+
+def _directions(dims: int, count: int) -> np.ndarray:
+  """Return unit vectors [D, count]: evenly spread in the plane, else random."""
+  if dims == 2:
+    angle = np.pi * (np.arange(count) + 0.5) / count
+    return np.stack([np.cos(angle), np.sin(angle)])
+  # The stream of RandomState stays the same in all versions of NumPy.
+  normal = np.random.RandomState(0).standard_normal((dims, count))
+  return normal / np.linalg.norm(normal, axis=0)
 
 
 def sliced_wasserstein(
-  x: Real[ArrayLike, 'N 2'], y: Real[ArrayLike, 'M 2'], *, directions: int = 128
+  x: Real[ArrayLike, 'N D'], y: Real[ArrayLike, 'M D'], *, directions: int = 128
 ) -> float:
   """Return the sliced 2-Wasserstein distance of points (Bonneel et al. 2015).
 
-  This is the square root of the mean, over evenly spread directions, of the
-  squared distance of the quantiles of the projections.
+  This is the square root of the mean, over directions, of the squared distance
+  of the quantiles of the projections. Directions are evenly spread in the plane
+  and random, but always the same, in other dimensions.
 
   Args:
-    x: points [N, 2].
-    y: points [M, 2].
+    x: points [N, D].
+    y: points [M, D].
     directions: number of directions.
 
   Returns:
     The distance, in units of x.
   """
-  angle = np.pi * (np.arange(directions) + 0.5) / directions
-  axes = np.stack([np.cos(angle), np.sin(angle)])
+  axes = _directions(np.shape(x)[1], directions)
   levels = (np.arange(min(len(x), len(y))) + 0.5) / min(len(x), len(y))
   a, b = (np.quantile(np.asarray(v) @ axes, levels, axis=0) for v in (x, y))
   return float(np.sqrt(np.mean((a - b) ** 2)))
+
+
+def _sum_of_distances(x: np.ndarray, y: np.ndarray) -> float:
+  """Return the sum of |x - y| over all pairs."""
+  if x.shape[1] <= 16:
+    return cdist(x, y).sum()
+  # Products of matrices are many times faster in many dimensions.
+  return sum(np.sqrt(d).sum() for d in _squared_distances(x, y))
 
 
 def energy_distance(
@@ -541,6 +559,42 @@ def energy_distance(
     raise ValueError('A single point has no energy distance; use more.')
 
   def within(v):
-    return cdist(v, v).sum() / (len(v) * (len(v) - 1))
+    return _sum_of_distances(v, v) / (len(v) * (len(v) - 1))
 
-  return float(2 * cdist(x, y).mean() - within(x) - within(y))
+  between = _sum_of_distances(x, y) / (len(x) * len(y))
+  return float(2 * between - within(x) - within(y))
+
+
+def power_spectrum(
+  x: Real[ArrayLike, 'N *space C'],
+) -> tuple[Float[np.ndarray, ' K'], Float[np.ndarray, 'K C']]:
+  """Return the mean power of each channel over frequencies.
+
+    P(f) = mean of |F(k)|^2 / n over the examples and all k with |k| near f
+
+  F is the discrete Fourier transform over the n places of space, and k its wave
+  vectors in cycles per place. White noise of variance v has P(f) = v.
+
+  Args:
+    x: examples [N, *space, C] with one to three axes of space.
+
+  Returns:
+    Frequencies [K] from 0 to 1/2, the multiples of 1 / (size of the largest
+    axis), and powers [K, C] in units of x^2.
+  """
+  x = np.asarray(x)
+  space = x.shape[1:-1]
+  size, axes = max(space), range(1, x.ndim - 1)
+  waves = np.meshgrid(*map(np.fft.fftfreq, space), indexing='ij')
+  shell = np.rint(np.linalg.norm(waves, axis=0) * size).astype(int).ravel()
+  frequency = np.arange(size // 2 + 1) / size
+  shell = np.minimum(shell, len(frequency))  # The last is left out.
+  total = sum(
+    np.sum(np.abs(np.fft.fftn(part, axes=axes)) ** 2, axis=0)
+    for part in np.array_split(x, -(-len(x) // 256))
+  )
+  power = total.reshape(-1, x.shape[-1]) / (len(x) * len(shell))
+  sums = np.zeros((len(frequency) + 1, x.shape[-1]))
+  np.add.at(sums, shell, power)
+  counts = np.bincount(shell)[: len(frequency), None]
+  return frequency, sums[:-1] / counts

@@ -36,8 +36,8 @@ import sampling
 import sde_lib
 from checkpoints import formats, workdir
 from configs import schema
+from data import arrays, datasets, pixels, toy
 from data import conditions as conditioned
-from data import datasets, pixels, toy
 from data.augment import LABELS, augment
 from models import conditions, score
 from models.uncertainty import LogVariance
@@ -47,7 +47,7 @@ from runtime.progress import say
 from solvers import ode
 from solvers.base import Sampler, Samples
 
-# uint8 images [B, H, W, C], or float points [B, D].
+# uint8 images [B, H, W, C], or float arrays [B, *space, C].
 Data = Shaped[ArrayLike, ' B *dims']
 Conditions = Shaped[ArrayLike, ' B *condition']
 PerExample = Float[Array, ' B']
@@ -104,11 +104,19 @@ class Experiment:
     return self.config.model.get('condition', '')
 
   def shape(self, batch_size: int) -> tuple[int, ...]:
-    """Return [B, H, W, C] of the images, or [B, D] of points."""
+    """Return [B, H, W, C] of images, or [B, *space, C] of other data."""
+    return batch_size, *datasets.example_shape(self.config.data)
+
+  @property
+  def kind(self) -> str:
+    """What examples are called: points, signals, images or volumes."""
+    return arrays.kind(self.shape(1)[1:])
+
+  @property
+  def scale(self) -> arrays.Scale:
+    """The map from arrays to the model's range; for images it does nothing."""
     data = self.config.data
-    if data.dims:
-      return batch_size, data.dims
-    return batch_size, data.image_size, data.image_size, data.num_channels
+    return arrays.Scale(tuple(data.mean), tuple(data.std))
 
   def _init(self, rng):
     x, cond = jnp.zeros(self.shape(1)), jnp.ones(1)
@@ -204,15 +212,29 @@ class Experiment:
 
   # --------------------------------------------------------------- training
 
-  def _model_input(self, rng, image, *, flip=False, dequantize=False):
-    """Return uint8 images (or float points) in the range of the model."""
-    return pixels.preprocess(
+  def model_input(self, rng, image, *, flip=False, dequantize=False):
+    """Return uint8 images (or float arrays) in the range of the model.
+
+    Args:
+      rng: key.
+      image: uint8 [B, H, W, C], or float [B, *space, C].
+      flip, dequantize: see `pixels.preprocess`.
+    """
+    x = pixels.preprocess(
       rng,
       image,
       random_flip=flip,
       uniform_dequantization=dequantize,
       centered=self.config.data.centered,
     )
+    return self.scale(x)
+
+  def to_units(self, x):
+    """Return what is in the model's range in [0, 1], or in units of arrays."""
+    data = self.config.data
+    if data.shape:
+      return self.scale.undo(x)
+    return pixels.inverse_scaler(x, centered=data.centered)
 
   def loss(
     self,
@@ -230,14 +252,14 @@ class Experiment:
     Args:
       params: parameters of the network.
       rng: key.
-      batch: 'image', uint8 [B, H, W, C] or float points [B, D], and 'label',
+      batch: 'image', uint8 [B, H, W, C] or float [B, *space, C], and 'label',
         int [B]; with model.condition also 'condition', float [B, ...].
       train: whether flips, dropout and dropout of conditions are active.
       fraction: share of the training that is done.
     """
     data = self.config.data
     rng_data, rng_loss, rng_dropout, rng_label = jax.random.split(rng, 4)
-    x0 = self._model_input(
+    x0 = self.model_input(
       rng_data,
       batch['image'],
       flip=train and data.random_flip,
@@ -250,7 +272,13 @@ class Experiment:
     array = batch['condition'] if self.condition else None
     if self.condition == 'array':
       flip = train and data.random_flip
-      array = self._model_input(rng_data, jnp.float32(array), flip=flip)
+      array = pixels.preprocess(
+        rng_data,
+        jnp.float32(array),
+        random_flip=flip,
+        uniform_dequantization=False,
+        centered=data.centered,
+      )
     told = {}
     if train and data.augment:
       rng_augment = jax.random.fold_in(rng_data, 2)  # 0, 1: its split
@@ -289,8 +317,8 @@ class Experiment:
     values = {'test_loss': self.loss(params, rng, batch, train=False)}
     if not self.is_classifier:
       return values
-    logits_fn, data = self.logits_fn(params), self.config.data
-    x0 = pixels.scaler(batch['image'] / 255, centered=data.centered)
+    logits_fn = self.logits_fn(params)
+    x0 = self.model_input(rng, batch['image'])  # Nothing is random here.
     z = jax.random.normal(rng, x0.shape)
 
     def correct(t):
@@ -307,19 +335,21 @@ class Experiment:
   def to_data(
     self, x: Float[ArrayLike, '*shape']
   ) -> Shaped[np.ndarray, '*shape']:
-    """Return samples as data sets hold them: uint8 images, or float32 points.
+    """Return samples as data sets hold them: uint8 images, or float32 arrays.
 
     Args:
-      x: samples in [0, 1], [B, H, W, C], or points [B, D].
+      x: samples in [0, 1], [B, H, W, C], or arrays [B, *space, C] in units of
+        the data.
     """
-    if self.config.data.dims:
+    if self.config.data.shape:
       return np.asarray(x, np.float32)
     return pixels.to_uint8(np.asarray(x), self.config.sampling.rounding)
 
   def make_sample(self, batch_size, *, guide=None, frames=0):
     """Return sample(params, rng, z=None, **given) -> Samples, for `jax.jit`.
 
-    Samples (and frames) are in [0, 1], except where they fall outside it. z
+    Samples (and frames) are in [0, 1], except where they fall outside it;
+    arrays are in units of the data. z
     [B, ...] is the state at t = 1, drawn from the prior if it is None. A
     network that is told classes, without `guide`, is guided to the classes
     `label` [B] by config.control.scale; without `label`, to random ones. The
@@ -370,15 +400,12 @@ class Experiment:
         score_fn = guide(score_fn, sde, **given)
       found = self.sampler(rng, score_fn, sde, z, frames=frames)
       return found._replace(
-        x=self._to_unit(found.x),
-        frames=self._to_unit(found.frames),
+        x=self.to_units(found.x),
+        frames=self.to_units(found.frames),
         label=given.get('label'),
       )
 
     return sample
-
-  def _to_unit(self, x):
-    return pixels.inverse_scaler(x, centered=self.config.data.centered)
 
   @functools.cached_property
   def _compiled(self):
@@ -393,7 +420,7 @@ class Experiment:
     label: Int[ArrayLike, '*labels'] | None = None,
     condition: Shaped[ArrayLike, '*condition'] | None = None,
   ) -> Shaped[np.ndarray, ' n *dims']:
-    """Return n samples: uint8 images [n, H, W, C], or float32 points [n, D].
+    """Return n samples: uint8 [n, H, W, C], or float32 [n, *space, C].
 
     Args:
       params: parameters, such as `load` returns.
@@ -462,12 +489,12 @@ class Experiment:
 
     uint8 images are dequantised uniformly: the bits/dim of the 8-bit data are
     bounded from above by those of the density over [0, 256) (Theis et al.
-    2016). For points, the bits are of their density as it is.
+    2016). For arrays, the bits are of the density in units of the data.
 
     Args:
       params: parameters of the network.
       rng: key for the dequantisation and the probes.
-      image: uint8 [B, H, W, C], or float points [B, D].
+      image: uint8 [B, H, W, C], or float [B, *space, C].
       condition: conditions [B, ...] in units of the data, for p(x | condition);
         None for p(x), which a network with conditions knows by their dropout.
     """
@@ -492,7 +519,7 @@ class Experiment:
     """
     data, chosen = self.config.data, self.config.eval
     rng_data, rng_probe = jax.random.split(rng)
-    x = self._model_input(rng_data, image, dequantize=True)
+    x = self.model_input(rng_data, image, dequantize=True)
     probes = None
     if chosen.bpd_trace != 'exact':
       draw = likelihood.PROBES[chosen.bpd_trace]
@@ -509,8 +536,9 @@ class Experiment:
       max_steps=max_steps,
     )
     dims = x[0].size
-    width = 256 if data.dims else 2 if data.centered else 1
-    bits = likelihood.bits_per_dim(found.logp, dims, data_width=width)
+    width = 256 if data.shape else 2 if data.centered else 1
+    logp = found.logp - self.scale.log_volume(x.shape[1:])
+    bits = likelihood.bits_per_dim(logp, dims, data_width=width)
     error = found.std_error / likelihood.nats_per_bit(dims)
     return bits, error, found
 
@@ -537,10 +565,10 @@ class Experiment:
 
     Args:
       params: parameters of the network.
-      image: uint8 [B, H, W, C], or float points [B, D].
+      image: uint8 [B, H, W, C], or float [B, *space, C].
       condition: conditions [B, ...] in units of the data, or None.
     """
-    x = self._model_input(jax.random.key(0), image)  # Nothing is random here.
+    x = self.model_input(jax.random.key(0), image)  # Nothing is random here.
     return likelihood.encode(
       self._flow_score(params, condition),
       self.sde.continuous,
@@ -556,28 +584,38 @@ class Experiment:
     z: Float[ArrayLike, ' B *dims'],
     condition: Conditions | None = None,
   ) -> Samples:
-    """Return the samples, in [0, 1], of latent codes z: inverts `encode`.
+    """Return the samples of latent codes z: inverts `encode`.
+
+    They are in [0, 1], or in units of the data.
 
     A network that is told classes is told none here, as in `encode`; the
     conditions are those that the codes were made with.
     """
     score_fn = self._flow_score(params, condition)
     found = self.flow(None, score_fn, self.sde.continuous, z)
-    return found._replace(x=self._to_unit(found.x))
+    return found._replace(x=self.to_units(found.x))
 
 
 # ------------------------------------------------------------------ building
 
 
-# Keys of conditions that are found in the data where they are empty.
-FOUND = ('condition_shape', 'condition_mean', 'condition_std')
+# Keys of arrays, and of conditions, that are found in the data where they are
+# empty.
+OF_ARRAYS = ('shape', 'mean', 'std')
+OF_CONDITIONS = ('condition_shape', 'condition_mean', 'condition_std')
+
+
+def _measure_conditions(data):
+  """Return `OF_CONDITIONS` of the training data."""
+  train = datasets.load(data, 'train')
+  return conditioned.measure(train, train.fetch([0]).shape[1:])
 
 
 def completed(config, folder=None) -> ml_collections.ConfigDict:
-  """Return a config that knows shape, mean and deviation of its conditions.
+  """Return a config that knows shape, mean and deviation of its data.
 
-  Where config.data leaves them empty they are those of the run, if there is
-  one, or those of the training data.
+  Those of arrays and of conditions: where config.data leaves them empty they
+  are those of the run, if there is one, or those of the training data.
 
   Args:
     config: a ConfigDict.
@@ -587,20 +625,23 @@ def completed(config, folder=None) -> ml_collections.ConfigDict:
     ValueError, FileNotFoundError: the config or the data cannot be used.
   """
   schema.check(config)
-  data = config.data
-  if not config.model.get('condition') or all(data[key] for key in FOUND):
+  data, parts = config.data, []
+  if data.dataset == 'arrays':
+    parts.append((OF_ARRAYS, arrays.complete))
+  if config.model.get('condition'):
+    parts.append((OF_CONDITIONS, _measure_conditions))
+  if all(data[key] for keys, _ in parts for key in keys):
     return config
   datasets.Data(**data)
-  found = {}
+  known = {}
   if folder and (pathlib.Path(folder) / 'config.json').is_file():
-    found = run_config(folder).data
-  if not all(found.get(key) for key in FOUND):
-    train = datasets.load(data, 'train')
-    found = conditioned.measure(train, train.fetch([0]).shape[1:])
+    known = run_config(folder).data
   config = copy.deepcopy(config)
-  for key in FOUND:
-    if not config.data[key]:
-      schema.override(config, f'data.{key}', found[key])
+  for keys, measure in parts:
+    found = known if all(known.get(key) for key in keys) else measure(data)
+    for key in keys:
+      if not config.data[key]:
+        schema.override(config, f'data.{key}', found[key])
   return config
 
 
@@ -765,7 +806,8 @@ def _check_network(config):
       'for each noise level.'
     )
   if 'attn_resolutions' in chosen and 'ch_mult' in chosen:
-    sizes = [config.data.image_size >> i for i in range(len(chosen.ch_mult))]
+    size = datasets.example_shape(config.data)[0]
+    sizes = [size >> i for i in range(len(chosen.ch_mult))]
     idle = [size for size in chosen.attn_resolutions if size not in sizes]
     if idle:
       warnings.warn(
@@ -778,7 +820,7 @@ def _check_network(config):
 
 def _check_attention(model):
   """Check that cuDNN has the attention of the network, where it is chosen."""
-  network, size = model.network, model.config.data.image_size
+  network, size = model.network, model.shape(1)[1]
   if getattr(network, 'attention', 'xla') == 'xla':
     return
   levels = [(size >> i, m * network.nf) for i, m in enumerate(network.ch_mult)]
@@ -812,7 +854,7 @@ def _trace_network(model):
   try:
     model.abstract_params()
   except Exception as error:  # Layers can raise any type.
-    key = 'dims' if model.config.data.dims else 'image_size'
+    key = 'shape' if model.config.data.shape else 'image_size'
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     raise ValueError(
       f'config.model.name={model.config.model.name!r} cannot take data of '
@@ -912,7 +954,7 @@ def check_samples(config, samples: Samples, largest: float):
   Args:
     config: a ConfigDict.
     samples: what a sampler returned.
-    largest: absolute value that samples must be below.
+    largest: absolute value that samples must be below, in the model's units.
   """
   if not samples.success:
     chosen = schema.chosen_keys(config)
@@ -923,8 +965,10 @@ def check_samples(config, samples: Samples, largest: float):
     ]
     what = f'The solver {config.sampling.method!r} did not reach t = eps'
     raise FloatingPointError(why_failed(what, samples.not_finite_at, keys))
+  scale = arrays.Scale(tuple(config.data.mean), tuple(config.data.std))
   for shard in samples.x.addressable_shards:
-    if not np.all(np.abs(np.asarray(shard.data)) < largest):  # Nor is NaN.
+    x = scale(np.asarray(shard.data))
+    if not np.all(np.abs(x) < largest):  # Nor is NaN.
       raise FloatingPointError(
         f'Samples diverged (values of {largest:g} or more, or not a number): '
         'use more config.sampling.num_steps or, with a control, a lower '

@@ -304,6 +304,7 @@ def main(argv):
       configure_jax()
       config = read_config()
       divide_cores(config)
+      config = experiment.completed(config, FLAGS.workdir)
       MODES[FLAGS.mode](config)
   except KeyboardInterrupt as stop:
     name = stop.args[0] if stop.args else 'SIGINT'

@@ -204,7 +204,7 @@ def abstract_batches(model):
   n = min(training.n_jitted_steps, training.n_iters)
   parts = training.grad_accumulation
   shape = model.shape(training.batch_size // parts)
-  dtype = np.float32 if model.config.data.dims else np.uint8
+  dtype = np.float32 if model.config.data.shape else np.uint8
   batches = {
     'image': jax.ShapeDtypeStruct((n, parts, *shape), dtype),
     'label': jax.ShapeDtypeStruct((n, parts, shape[0]), np.int32),
@@ -418,7 +418,7 @@ def check_on_device(model, dataset):
   Otherwise say in one line how large they are.
   """
   if model.config.data.on_device:
-    size = 4 if model.config.data.dims else 1
+    size = 4 if model.config.data.shape else 1
     size = size * math.prod(model.shape(1)) + 4  # The label.
     if model.condition:
       size += dataset.more(np.arange(1))['condition'].nbytes
@@ -598,7 +598,7 @@ def draw_snapshot(model, layout, folder, test_set=None) -> Hook:
   """
   training, devices = model.config.training, jax.device_count()
   images = min(SNAPSHOT_IMAGES, model.config.eval.batch_size)
-  n = SNAPSHOT_POINTS if model.config.data.dims else images
+  n = SNAPSHOT_POINTS if model.kind == 'points' else images
   # As many as a picture shows, rounded up to as many on every device.
   n = math.ceil(n / devices) * devices
   draw = model.make_sample(n)
@@ -788,7 +788,7 @@ def _describe(model, state, train_set):
     f'{model.config.model.name}, {num_params / 1e6:.2f}M parameters, '
     f'{jax.device_count()} {jax.devices()[0].platform} device(s), '
     f'{bytes_per_device(state) / 2**20:.4g} MiB of state on each, '
-    f'{len(train_set)} images of {train_set.name}; compiling.'
+    f'{len(train_set)} {model.kind} of {train_set.name}; compiling.'
   )
 
 

@@ -31,7 +31,7 @@ from controllable_generation import (
   noise_like,
   told,
 )
-from data import datasets, pixels, record, sources
+from data import datasets, record, sources
 from reporting.pictures import save_samples
 from runtime import options
 from runtime.devices import on_first_host
@@ -43,7 +43,9 @@ def _build(table, config, key):
   """Return the object of a table that config.control chooses by a key."""
   section = {**config.control}
   path = pathlib.Path(section['mask'])
-  if section['mask'] not in MASKS and path.is_file():
+  if path.suffix == '.npy':
+    section['mask'] = load_arrays(path)
+  elif section['mask'] not in MASKS and path.is_file():
     fit = sources.fit_of(config.data) | {'channels': 1}
     image = sources.decode_file(path, **fit)
     section['mask'] = image[..., 0] > 127
@@ -240,6 +242,7 @@ def _check_noise(model, other, choice):
   """Raise ValueError unless two models are of the same noisy data."""
   ours, theirs = (
     f'{m.sde.continuous} with data.centered={m.config.data.centered}'
+    + (f' and {m.scale}' if m.config.data.std else '')
     for m in (model, other)
   )
   if ours != theirs or model.shape(1) != other.shape(1):
@@ -347,7 +350,7 @@ def autoguidance_task(model, workdir):
       f'config.control.{choice} is no score network with the classes of the '
       'model, or without classes: train one with its config.data.'
     )
-  keys = experiment.FOUND if weak.condition else ()
+  keys = experiment.OF_CONDITIONS if weak.condition else ()
   if any(weak.config.data[key] != model.config.data[key] for key in keys):
     raise ValueError(
       f'config.control.{choice} is told other conditions than the model: train '
@@ -449,9 +452,13 @@ def inverse_problem(model):
 def _originals(config):
   """Return the first images of control.images or of the test set.
 
-  They are uint8 [N, H, W, C].
+  They are uint8 [N, H, W, C], or float32 arrays.
   """
   control = config.control
+  if control.images and config.data.shape:
+    key = 'config.control.images'
+    found, _ = datasets.user_arrays(config.data, control.images, key=key)
+    return found[: control.num_images]
   if control.images:
     dataset = datasets.user_images(
       config.data, control.images, key='config.control.images', exact=False
@@ -506,15 +513,14 @@ def inverse_task(model, workdir):
   del workdir
   check_no_label(model.config)
   operator, method = inverse_problem(model)
-  config, centered = model.config, model.config.data.centered
+  config = model.config
   shape, originals, shown = model.shape(1), None, None
   if config.control.measurements:
     y = read_measurements(config.control.measurements, operator, shape)
   else:
     originals = _originals(config)
-    x0 = jnp.float32(originals)
-    x0 = x0 if config.data.dims else x0 / 255
-    y = operator(pixels.scaler(x0, centered=centered))
+    x0 = model.model_input(jax.random.key(0), jnp.asarray(originals))
+    y = operator(x0)
     noise = noise_like(jax.random.key(config.seed + 1), y)
     y = np.asarray(y + method.noise_std * noise)
   given = trained.conditions_of(model, len(y))
@@ -527,9 +533,9 @@ def inverse_task(model, workdir):
         f'{len(rows)} for a {name} each.'
       )
   rows = {'y': y, **given}
-  if not config.data.dims:
+  if model.kind != 'points':
     shown = operator.picture(jnp.asarray(y), (len(y), *shape[1:]))
-    shown = model.to_data(pixels.inverse_scaler(shown, centered=centered))
+    shown = model.to_data(model.to_units(shown))
   return InverseTask(
     rows={
       k: np.repeat(v, config.control.repeats, axis=0) for k, v in rows.items()

@@ -82,9 +82,9 @@ class Coder:
 
 
 def _save(path, samples, columns):
-  """Write a PNG of images [R, K, ...] in rows of `columns`, or of points."""
+  """Write a PNG of images [R, K, ...] in rows of `columns`, or of arrays."""
   flat = samples.reshape(-1, *samples.shape[2:])
-  if samples.ndim > 3:
+  if samples.dtype == np.uint8:
     pictures.save_grid(path, flat, columns=columns, scale_to=800)
   else:
     pictures.save_samples(path, flat)
@@ -178,7 +178,8 @@ def encode(config, workdir):
     _save(folder / 'interpolations.png', between, len(WEIGHTS))
   _save(folder / 'temperatures.png', rescaled, len(TEMPERATURES))
   write_json(folder / 'result.json', result)
-  unit = 'units of the data' if config.data.dims else 'grey levels of 255'
+  shape = run.model.config.data.shape
+  unit = 'units of the data' if shape else 'grey levels of 255'
   say(
     f'{count} codes and their decodings are in {folder}; reconstructions are '
     f'{error.mean():.3g} {unit} off in the mean, {error.max():.3g} at most.'

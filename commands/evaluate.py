@@ -433,11 +433,15 @@ def evaluate(config, workdir, eval_folder='eval'):
       evaluators.append(loss_evaluator(model, test_set, layout))
     if chosen.enable_bpd:
       evaluators.append(likelihood_evaluator(model, test_set, layout))
-    if chosen.enable_sampling and config.data.dims:
-      evaluators.append(points.evaluator(test_set))
+    judge = None
+    if chosen.enable_sampling and config.data.shape and not chosen.extractor:
+      say(points.NO_FID)
     elif chosen.enable_sampling:
       judge = Judge.of(config, workdir, chosen.num_samples)
       facts, judged_by = facts | judge.facts, judge.key
+    if chosen.enable_sampling and config.data.shape:
+      evaluators.append(points.evaluator(test_set, judge))
+    elif chosen.enable_sampling:
       evaluators.append(sample_evaluator(judge, test_set))
     # What else results depend on, besides what their folder is named by.
     key = digest(schema.marked(config, 'result'), judged_by)[:8]
@@ -480,10 +484,12 @@ def evaluate_images(config, workdir, path, eval_folder='eval'):
   Writes workdir/eval_folder/NAME-HASH.json: the whole name of the folder or
   file, and a hash of its images and of what they are compared with.
   """
-  schema.check(config)
-  stats.check_images(config)
+  config = experiment.completed(config)
   out = pathlib.Path(workdir) / eval_folder
   on_first_host(check_output, out)
+  if config.data.shape:
+    _evaluate_arrays(config, workdir, path, out)
+    return
   images = datasets.user_images(config.data, path)
   judge = Judge.of(config, workdir, len(images))
   extract, batch = judge.extract, config.eval.batch_size
@@ -509,11 +515,36 @@ def evaluate_images(config, workdir, path, eval_folder='eval'):
   result |= _scores(
     config, folder, names, extract, judge.reference, len(images)
   )
-  if jax.process_index() == 0:
-    result |= trained.facts(config) | judge.facts
-    settings = schema.marked(config, 'result')
-    key = digest(images.fingerprint, settings, judge.key)[:8]
-    written = out / f'{whole_name}-{key}.json'
-    write_json(written, result)
-    say(results.table([result]))
-    say(f'Results are in {written}.')
+  result |= judge.facts
+  _write_of_user(config, out / whole_name, result, judge.key)
+
+
+def _write_of_user(config, path, result, judged_by):
+  """Write and print the result of user-supplied examples to PATH-HASH.json."""
+  if jax.process_index():
+    return
+  settings = schema.marked(config, 'result')
+  key = digest(result['fingerprint'], settings, judged_by)[:8]
+  written = path.with_name(f'{path.name}-{key}.json')
+  write_json(written, result | trained.facts(config))
+  say(results.table([result]))
+  say(f'Results are in {written}.')
+
+
+def _evaluate_arrays(config, workdir, path, out):
+  """Score user-supplied arrays against the test set; see `evaluate_images`."""
+  model, path = experiment.build(config), pathlib.Path(path).expanduser()
+  x, fingerprint = datasets.user_arrays(config.data, path)
+  test = points.some_of(
+    datasets.load(config.data, 'test'), max(len(x), points.COMPARED)
+  )
+  result = {'images': str(path), 'count': len(x), 'fingerprint': fingerprint}
+  metrics, judged_by = points.distances(model, x, test), ''
+  if config.eval.extractor:
+    judge = Judge.of(config, workdir, len(x))
+    metrics |= points.features(config, x, judge)
+    result, judged_by = result | judge.facts, judge.key
+  else:
+    say(points.NO_FID)
+  result |= _as_dicts(metrics)
+  _write_of_user(config, out / path.resolve().name, result, judged_by)

@@ -1,7 +1,9 @@
-"""Evaluation of models of points in the plane, in numbers and pictures.
+"""Evaluation of models of arrays, in numbers and pictures.
 
-Distances between samples and data need no features there, the true density is
-known, and everything can be drawn.
+Samples are compared with test data as they are, in the model's units, in which
+all channels have deviation 1; features of the user's own extractor are compared
+too. Of points in the plane the true density is known, and everything can be
+drawn.
 """
 
 import dataclasses
@@ -13,14 +15,29 @@ import numpy as np
 import evaluation
 import likelihood
 from commands import trained
-from data import toy
-from reporting import plane
+from data import batches, datasets, toy
+from features import extract as extracting
+from reporting import pictures, plane
 from runtime.files import save_npz
 from runtime.progress import say
 
+# At least so many test examples are compared with.
+COMPARED = 4000
+NO_FID = (
+  'No FID, KID or Inception Score: they compare photographs by what a network '
+  "for photographs sees. config.eval.extractor='module:function' compares "
+  'features of your own.'
+)
 
-def _distances(x, test):
-  """Return the metrics of points x against test points."""
+
+def distances(model, x, test):
+  """Return the metrics of examples x against test examples, in model's units.
+
+  Args:
+    model: an Experiment.
+    x, test: [N, *space, C] and [M, *space, C], in units of the data.
+  """
+  x, test = (model.scale(v).reshape(len(v), -1) for v in (x, test))
   metrics = {}
   for function, count in (
     (evaluation.sliced_wasserstein, len(x)),
@@ -28,9 +45,17 @@ def _distances(x, test):
   ):
     some, names = x[:count], (function.__name__,)
     metrics |= evaluation.attempted(
-      names, len(some), function, some, test[: max(count, 4000)]
+      names, len(some), function, some, test[: max(count, COMPARED)]
     )
   return metrics
+
+
+def some_of(dataset, count):
+  """Return `count` examples of a data set, a fixed random subset, or all."""
+  order = np.arange(len(dataset))
+  if count < len(dataset):
+    order = np.sort(batches.permutation(len(dataset), 0, 0)[:count])
+  return dataset.fetch(order)
 
 
 def _draw(run, count, dataset):
@@ -43,43 +68,86 @@ def _draw(run, count, dataset):
   return x[:count], float(samples[-1].nfe)
 
 
-def evaluator(dataset):
-  """Return an evaluator that samples, scores and draws points.
+def features(config, x, judge):
+  """Return the metrics of the features of examples x by a `Judge`."""
+  size = config.eval.batch_size
+  parts = (x[i : i + size] for i in range(0, len(x), size))
+  return evaluation.score_samples(
+    (extracting.outputs_of(part, judge.extract) for part in parts),
+    judge.reference,
+    seed=config.seed,
+    allow_few=config.eval.allow_few_samples,
+    logits_hint=getattr(judge.extract, 'logits_hint', ''),
+  )
 
-  Beside the distances of the samples to the test points there are those of as
-  many true points, which are the best that can be had of so many, and the true
-  negative log-likelihood of the test points, where data have a density. It
-  writes samples_COUNT.npz and pictures (score fields, samples over the true
-  density, the density of the model, paths of the ODE) to its folder.
+
+def _truth(law, test, count):
+  """Return (true points, metrics of the true density) of points of a law."""
+  metrics = {}
+  if law.has_density:
+    logp = np.asarray(jax.jit(law.logp)(test), np.float64)
+    metrics['true_nats'] = evaluation.Metric(
+      value=float(-logp.mean()),
+      count=len(test),
+      std_error=evaluation.standard_error(logp),
+    )
+  return law.sample(np.random.default_rng(2), count), metrics
+
+
+def evaluator(dataset, judge=None):
+  """Return an evaluator that samples, scores and draws arrays.
+
+  Beside the distances of the samples to the test examples there are those of as
+  many true examples, which are the best that can be had of so many: new points
+  of a known density, else training examples. Where the density is known there
+  is the true negative log-likelihood of the test points, if there is one. It
+  writes samples_COUNT.npz and pictures to its folder: of a known density score
+  fields, samples, the density of the model and paths of the ODE; of others
+  samples, and histograms and spectra beside those of the data.
 
   Args:
-    dataset: test points.
+    dataset: test examples.
+    judge: extractor and reference of the user's own; None for none.
   """
-  test = dataset.fetch(np.arange(len(dataset)))
 
   def evaluate_points(run, folder):
-    config = run.model.config
-    law, count = toy.DISTRIBUTIONS[config.data.dataset], config.eval.num_samples
+    model, config = run.model, run.model.config
+    count = config.eval.num_samples
+    test = some_of(dataset, max(count, COMPARED))
+    law = toy.DISTRIBUTIONS.get(config.data.dataset)
     x, nfe = _draw(run, count, dataset)
-    metrics = _distances(x, test)
-    fresh = law.sample(np.random.default_rng(2), count)
-    metrics |= {f'true_{k}': v for k, v in _distances(fresh, test).items()}
-    if law.has_density:
-      logp = np.asarray(jax.jit(law.logp)(test), np.float64)
-      metrics['true_nats'] = evaluation.Metric(
-        value=float(-logp.mean()),
-        count=len(test),
-        std_error=evaluation.standard_error(logp),
-      )
+    metrics = distances(model, x, test)
+    if judge:
+      metrics |= features(config, x, judge)
+    if law:
+      fresh, more = _truth(law, test, count)
+    else:
+      fresh, more = some_of(datasets.load(config.data, 'train'), count), {}
+    true = distances(model, fresh, test)
+    metrics |= {f'true_{k}': v for k, v in true.items()} | more
     if jax.process_index() == 0:
-      save_npz(folder / f'samples_{count}.npz', points=x, nfe=np.asarray(nfe))
-      draw_pictures(run, x, folder)
+      path, numbers = folder / f'samples_{count}.npz', np.asarray(nfe)
+      save_npz(path, **{model.kind: x, 'nfe': numbers})
+      if law:
+        draw_pictures(run, x, folder)
+      else:
+        _compare_pictures(x, test, folder)
       say(f'Pictures are in {folder}.')
     named = {name: dataclasses.asdict(m) for name, m in metrics.items()}
     sampler = trained.sampler_of(config)
     return {'sampler': sampler, 'count': count, 'nfe': nfe} | named
 
   return evaluate_points
+
+
+def _compare_pictures(x, test, folder):
+  """Draw samples, and histograms and spectra beside those of test data."""
+  pictures.save_samples(folder / 'samples.png', x[:64])
+  pictures.save_samples(folder / 'test_data.png', test[:64])
+  pictures.save_histograms(folder / 'histograms.png', x, test)
+  if x.ndim > 2:
+    both = (evaluation.power_spectrum(v) for v in (x, test))
+    pictures.save_spectra(folder / 'spectra.png', *both)
 
 
 def model_logp(run, x):

@@ -17,20 +17,24 @@ def viewable(model, frames, times):
   """Return states on the way, scaled so that noise is as strong as the data.
 
   About the mean of alpha x_0 they are scaled by s / |(alpha s, sigma)|, where
-  s = 1/4 is about the spread of images in [0, 1]. Points stay as they are.
+  s = 1/4 is about the spread of images in [0, 1], and 1 that of scaled arrays.
+  Points of toys stay as they are.
 
   Args:
     model: an Experiment.
-    frames: states [F, B, ...] in [0, 1].
+    frames: states [F, B, ...] in [0, 1], or in units of the data.
     times: their times [F].
   """
   data = model.config.data
-  if data.dims:
+  if data.shape and not data.std:
     return frames
   alpha, sigma = model.sde.marginal(times)
+  column = lambda v: np.reshape(v, (-1,) + (1,) * (frames.ndim - 1))
+  if data.shape:
+    noise = column(np.hypot(alpha, sigma))
+    return model.to_units(model.scale(frames) / noise)
   centre, noise = (0.5, sigma / 2) if data.centered else (alpha / 2, sigma)
   scale = 0.25 / np.hypot(0.25 * alpha, noise)
-  column = lambda v: np.reshape(v, (-1,) + (1,) * (frames.ndim - 1))
   centre = np.broadcast_to(centre, alpha.shape)
   return 0.5 + (frames - column(centre)) * column(scale)
 
@@ -62,7 +66,8 @@ def sample(config, workdir):
   """Write samples to workdir/samples/step_N-HASH-COUNT.npz and .png.
 
   There are config.sampling.num_samples of them; the .npz holds them as uint8
-  `images` (or float32 `points`), the number of score evaluations as `nfe` and,
+  `images` (of arrays as float32 `points`, `signals`, `images` or `volumes`, in
+  units of the data), the number of score evaluations as `nfe` and,
   of a network that is told classes, those that were drawn as `label`. A network
   that is told conditions samples for each of config.control.condition in turn,
   or of the test set; they are `condition`, and their hash is in the name.
@@ -89,16 +94,15 @@ def sample(config, workdir):
   if jax.process_index():
     return
   samples = np.concatenate(samples)[:count]
-  what = 'points' if config.data.dims else 'images'
   # Neither fewer samples nor those without frames replace what is there.
   told = digest(*rows.values())[:8] if rows else ''
   numbers = filter(None, (told, count, config.sampling.frames))
   name = '-'.join([run.name, *map(str, numbers)])
   path = run.workdir / 'samples' / f'{name}.npz'
-  arrays = {what: samples, 'nfe': np.asarray(found.nfe)}
+  arrays = {model.kind: samples, 'nfe': np.asarray(found.nfe)}
   if labels:
     arrays['label'] = np.concatenate(labels)[:count]
-  columns, shown = None, samples if config.data.dims else samples[:400]
+  columns, shown = None, samples if model.kind == 'points' else samples[:400]
   if rows:
     condition = rows['condition']
     arrays['condition'] = condition[np.arange(count) % len(condition)]

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from commands import points
 from configs import schema
 from data import datasets
 from features import statistics
@@ -29,12 +30,10 @@ NUM_FEATURES = 10_000  # Features that are kept for metrics of neighbours.
 
 
 def check_images(config):
-  """Raise ValueError for data of points, of which there are no features."""
-  if config.data.dims:
-    raise ValueError(
-      f'config.data.dataset={config.data.dataset!r} holds points: only images '
-      'have statistics of features. --mode eval compares points.'
-    )
+  """Raise ValueError for arrays without an extractor of the user's own."""
+  data = config.data
+  if (data.shape or data.dataset == 'arrays') and not config.eval.extractor:
+    raise ValueError(f'config.data.dataset={data.dataset!r}: {points.NO_FID}')
 
 
 def _path(config, dataset, extract):
@@ -47,7 +46,7 @@ def _path(config, dataset, extract):
       )
     return path
   name = (
-    f'{dataset.name.replace("/", "_")}_{config.data.image_size}_'
+    f'{dataset.name.replace("/", "_")}_{dataset.fetch([0]).shape[1]}_'
     f'{identity_of(extract)}_{dataset.fingerprint[:16]}.npz'
   )
   return cache_dir() / 'stats' / name
@@ -90,7 +89,7 @@ def reference(config, workdir, extract):
     found,
     dimensions=one.shape[-1],
     variant=variant_of(extract),
-    resolution=config.data.image_size,
+    resolution=dataset.fetch([0]).shape[1],
     fingerprint=dataset.fingerprint,
   )
   return found
@@ -105,6 +104,9 @@ def stats(config, workdir, extract=None):
     config: a config, of which the sections data and eval are used.
     workdir: folder where hosts put their shares.
     extract: a feature extractor; None for that of the config.
+
+  Raises:
+    ValueError: the data are arrays, and there is no extractor of the user's.
   """
   schema.check(config)
   check_images(config)

@@ -236,8 +236,7 @@ def draw(
   def spread(v):
     return jax.make_array_from_callback(v.shape, layout.split, v.__getitem__)
 
-  unit = 'points' if run.model.config.data.dims else 'images'
-  progress = Progress('samples', count, unit)
+  progress = Progress('samples', count, run.model.kind)
   for number, start in enumerate(range(0, count, size)):
     found = None
     if not skip(number):

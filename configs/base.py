@@ -289,11 +289,23 @@ ffhq_256 = functools.partial(_256, dataset='ffhq')
 ffhq_1024 = functools.partial(_1024, dataset='ffhq')
 
 
+def arrays(path=''):
+  """Return a preset: your own arrays. Put it after process and network."""
+
+  def preset(config):
+    config.data.update(dataset='arrays', path=path, centered=True)
+    config.data.random_flip = False
+    if 'sigma_data' in config.model:
+      config.model.sigma_data = 1.0  # That of scaled data.
+
+  return preset
+
+
 def toy(dataset):
   """Return a preset: points in the plane, trained in seconds on a CPU."""
 
   def preset(config):
-    config.data.update(dataset=f'toy/{dataset}', dims=2, centered=False)
+    config.data.update(dataset=f'toy/{dataset}', shape=(2,), centered=False)
     config.data.random_flip = False
     config.training.update(
       batch_size=512,

@@ -484,6 +484,8 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
   for path, key in KEYS.items():
     if key.option.formerly in old:
       value = old.pop(key.option.formerly)
+      if path == 'data.shape':
+        value = (value,) if value else ()  # It was the number of coordinates.
       if path.partition('.')[0] in present:
         old[path] = value
     value = old.get(path)

@@ -7,12 +7,13 @@ python -m data cache [--clear [NAME ...]]
 """
 
 import argparse
+import dataclasses
 import os
 import pathlib
 import shutil
 import sys
 
-from data import datasets, pixels, prepare, sources, toy
+from data import arrays, datasets, pixels, prepare, sources, toy
 from runtime.files import cache_dir, check_local
 
 
@@ -34,13 +35,22 @@ def _section(args):
     image_size=args.image_size,
     num_channels=args.num_channels,
     background=args.background,
-    dims=2 if args.dataset in toy.DISTRIBUTIONS else 0,
+    shape=(2,) if args.dataset in toy.DISTRIBUTIONS else (),
+    centered=args.dataset == 'arrays',
+    random_flip=False,
   )
 
 
 def print_sigma_max(args):
   """Print the largest distance between two training images."""
-  train = datasets.load(_section(args), 'train')
+  section = _section(args)
+  train = datasets.load(section, 'train')
+  if args.dataset == 'arrays':  # The model sees them scaled.
+    found = arrays.complete(section)
+    scale = arrays.Scale(found['mean'], found['std'])
+    raw = train.fetch
+    read = lambda indices: (scale(raw(indices)), None)
+    train = dataclasses.replace(train, read=read)
   value = pixels.sigma_max(train, num_images=args.num_images)
   print(f'sigma_max = {value:.2f}, of {args.num_images or "all"} images')
 

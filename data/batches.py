@@ -18,13 +18,13 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Dataset:
-  """Labelled images, or points, in a fixed order and read by index.
+  """Labelled images, or other arrays, in a fixed order and read by index.
 
   Attributes:
     name: name of the data set, a key of `datasets.DATASETS`.
     size: number of images.
     read: function of indices [n] that returns images, uint8 [n, H, W, C], and
-      labels, int32 [n]. Points are float32 [n, D].
+      labels, int32 [n]. What is no 8-bit image is float32 [n, *space, C].
     num_classes: number of classes; 0 without labels, which are then all 0.
     fingerprint: 16 hexadecimal digits that identify the content: the pixels at
       this resolution, and the labels. They do not depend on names of files.
@@ -47,7 +47,7 @@ class Dataset:
     return self.size
 
   def fetch(self, indices):
-    """Return the images, uint8 [n, H, W, C], at indices [n]."""
+    """Return the images, uint8 [n, H, W, C] (or arrays), at indices [n]."""
     return self.read(np.asarray(indices))[0]
 
   def batch(self, indices):

@@ -60,7 +60,8 @@ def check_present(dataset):
     raise ValueError(
       f'config.model.condition needs conditions, and data.dataset='
       f'{dataset.name!r} has none for this split: store condition_train and '
-      "condition_test beside x_train and x_test, and use data.dataset='npz'"
+      "condition_test beside x_train and x_test, and use data.dataset='npz' or "
+      "'arrays'"
     )
 
 

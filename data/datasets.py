@@ -21,7 +21,7 @@ import types
 
 import numpy as np
 
-from data import cifar, pixels, sources, toy
+from data import arrays, cifar, pixels, sources, toy
 from data.batches import Dataset
 from data.prepare import Prepared
 from runtime import options
@@ -55,7 +55,7 @@ def cifar10(config, split):
 def npz(config, split):
   """Return the images of an .npz or .npy file; see `sources.stored`."""
   path = sources.existing_path(config, 'an .npz of images')
-  images, labels, classes, condition = sources.stored(path, split)
+  images, labels, classes, condition = sources.stored_images(path, split)
   return sources.in_memory(config, images, labels, classes, condition=condition)
 
 
@@ -75,9 +75,10 @@ def digits(config, split):
 
 def _check_points(config):
   """Raise ValueError for settings with which points cannot be used."""
-  if config.dims != 2 or config.centered:
+  if tuple(config.shape) != (2,) or config.centered or config.std:
     raise ValueError(
-      f'{config.dataset} needs data.dims=2 and data.centered=False'
+      f'{config.dataset} needs data.shape=(2,), data.centered=False and no '
+      'data.mean and data.std'
     )
 
 
@@ -385,6 +386,28 @@ def user_images(config, path, *, key='--samples', exact=True):
   return found
 
 
+def user_arrays(config, path, *, key='--samples'):
+  """Return all arrays of an .npz or .npy file of the user.
+
+  Args:
+    config: section `data` of the config.
+    path: path of the file.
+    key: what gave the path, for errors.
+
+  Returns:
+    float32 [N, *space, C], and their fingerprint.
+
+  Raises:
+    FileNotFoundError, ValueError: there is no such file, or its arrays have
+      another shape or cannot be used.
+  """
+  section = types.SimpleNamespace(
+    dataset=key, path=str(path), shape=config.shape
+  )
+  found = arrays.arrays(section, 'all')
+  return found.fetch(np.arange(len(found))), found.fingerprint
+
+
 # --- The table ---
 
 # The paper evaluates CelebA and LSUN on 'validation'. It trains on all of
@@ -404,6 +427,7 @@ DATASETS = {
   'cifar10': cifar10,
   **DECODED,
   'npz': npz,
+  'arrays': arrays.arrays,
   'digits': digits,
   **dict.fromkeys(toy.DISTRIBUTIONS, points),
 }
@@ -442,8 +466,24 @@ class Data(Options):
     # The fingerprint of the data depends on it, where it matters.
     marks=(),
   )
-  dims: int = option(
-    0, 'Coordinates of a point, where the data are no images.', '[0, inf)'
+  shape: tuple[int, ...] = option(
+    (),
+    'Shape of an example that is no 8-bit image: (D,), (L, C), (H, W, C) or '
+    '(D, H, W, C); empty for images, and for that of the arrays.',
+    '[1, 1e7]',
+    formerly='data.dims',
+  )
+  mean: tuple[float, ...] = option(
+    (),
+    'What is subtracted from each channel of arrays, or from all; empty for '
+    'the mean of the training data.',
+    '(-inf, inf)',
+  )
+  std: tuple[float, ...] = option(
+    (),
+    'What each channel of arrays is divided by then; empty for the standard '
+    'deviation of the training data.',
+    '(0, inf)',
   )
   condition_shape: tuple[int, ...] = option(
     (),
@@ -488,11 +528,24 @@ class Data(Options):
     super().__post_init__()
     if self.dataset in toy.DISTRIBUTIONS:
       _check_points(self)
+    elif self.dataset == 'arrays':
+      arrays.check(self)
+    elif self.shape or self.mean or self.std:
+      raise ValueError(
+        f'data.shape={self.shape}, data.mean and data.std are for '
+        f"data.dataset='arrays': leave them empty with {self.dataset!r}."
+      )
     if self.augment and self.random_flip:
       raise ValueError(
         f'data.augment={self.augment} mirrors images and tells the network of '
         'it: set data.random_flip=False.'
       )
+
+
+def example_shape(config):
+  """Return the shape of an example, [*space, C], that a section describes."""
+  size = config.image_size
+  return tuple(config.shape) or (size, size, config.num_channels)
 
 
 def load(config, split, *, keep=False):
@@ -536,7 +589,7 @@ def describe(train, test):
   Args:
     train, test: the Datasets of its splits.
   """
-  unit = 'images' if train.fetch([0]).dtype == np.uint8 else 'points'
+  unit = arrays.kind(train.fetch([0]).shape[1:])
   first = f'Data: {len(train)} {unit} of {train.name} and {len(test)} for tests'
   if train.num_classes:
     names = train.classes or ('',) * train.num_classes

@@ -8,6 +8,7 @@ are decoded in threads when they are read. PIL is imported at its first use.
 import collections
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -211,7 +212,7 @@ def decoded(
   fit = fit_of(config)
   shape = (config.image_size, config.image_size, config.num_channels)
   read = DecodedImages(functools.partial(decode, **fit), size, shape)
-  marker = _marker(files, fit, choice)
+  marker = marker_of(files, fit, choice)
   known = _verified(marker)
   if known is None or (
     keep and not kept_at(config, known['fingerprint']).exists()
@@ -237,7 +238,7 @@ def decoded(
   )
 
 
-def _marker(files, *more):
+def marker_of(files, *more):
   """Return the path of a marker, another one when one of the files changes.
 
   The resolved path and inode tell files apart whose names, sizes and times are
@@ -339,7 +340,7 @@ def _keep(config, read, size, shape):
   folder = kept_at(config, fingerprint)
   shutil.rmtree(folder, ignore_errors=True)
   temporary.rename(folder)
-  marker = _marker(sorted(folder.iterdir()))
+  marker = marker_of(sorted(folder.iterdir()))
   write_json(marker, {'fingerprint': fingerprint, 'notes': []})
   return fingerprint
 
@@ -363,7 +364,7 @@ def _kept(folder, fingerprint, size, shape):
     def read(indices):
       return np.asarray(images[indices]), labels[indices]
 
-    marker = _marker(sorted(folder.iterdir()))
+    marker = marker_of(sorted(folder.iterdir()))
     known = _verified(marker)
     if known is None:
       known = {'fingerprint': _fingerprint(read, size, shape), 'notes': []}
@@ -476,14 +477,34 @@ def decode_file(path, **fit):
 # --- Arrays and folders ---
 
 
-def _arrays(path):
-  """Return all arrays of an .npz by name; that of an .npy is `images`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stored:
+  """What a file of arrays holds of a split.
 
-  Raises:
-    ValueError: the file is damaged, or holds other objects.
+  Attributes:
+    x: all examples of the array, [N, ...].
+    where: its file and name, for errors.
+    rows: rows [n] of x that are of the split; None for all.
+    labels: integers [N], which are 0 without labels.
+    num_classes: number of classes, which is 0 without labels.
+    condition: conditions [N, ...], or None.
   """
-  found = load_arrays(path)
-  return {'images': found} if isinstance(found, np.ndarray) else found
+
+  x: np.ndarray
+  where: str
+  rows: np.ndarray | None
+  labels: np.ndarray
+  num_classes: int
+  condition: np.ndarray | None
+
+  @property
+  def size(self):
+    """Number of examples of the split."""
+    return len(self.x if self.rows is None else self.rows)
+
+  def rows_of(self, indices):
+    """Return the rows of x that examples of the split have."""
+    return indices if self.rows is None else self.rows[indices]
 
 
 def _whole_labels(array, where, size=None):
@@ -509,21 +530,76 @@ def read_npz(path, split):
 
   Args and errors are those of `stored`.
   """
-  return stored(path, split)[:3]
+  return stored_images(path, split)[:3]
 
 
-def stored(path, split):
-  """Return what an .npz or .npy file of images holds.
+def stored(path, split, checked, names=('images', 'arr_0')):
+  """Return what an .npz or .npy file holds of a split.
 
   The arrays are x_train and x_test, optionally with y_train and y_test,
-  condition_train and condition_test; or images, optionally with labels and
-  condition; or arr_0, optionally with arr_1, as in files of samples. An .npy
-  holds images alone. Where the file has no splits, a fixed tenth is the test
-  set.
+  condition_train and condition_test; or one of `names`, optionally with labels
+  and condition; or arr_0, optionally with arr_1, as in files of samples. An
+  .npy holds examples alone. Where the file has no splits, a fixed tenth is the
+  test set.
 
   Args:
     path: path of the file.
-    split: 'train', 'test', or 'all' for all images of a file without splits.
+    split: 'train', 'test', or 'all' for all examples of a file without splits.
+    checked: function of x and its name that returns it in the form that is
+      needed, or raises ValueError.
+    names: names of x in a file without splits.
+
+  Returns:
+    A `Stored`.
+
+  Raises:
+    ValueError: the file has other arrays, or arrays with other values.
+  """
+  arrays = load_arrays(path, map_above=MEMORY_LIMIT)
+  if isinstance(arrays, np.ndarray):
+    arrays = {names[0]: arrays}
+  if f'x_{split}' in arrays:
+    x, y, c = f'x_{split}', f'y_{split}', f'condition_{split}'
+    ys = [k for k in ('y_train', 'y_test') if k in arrays]
+  else:
+    x = next((name for name in names if name in arrays), names[-1])
+    y, c = 'arr_1' if x == 'arr_0' else 'labels', 'condition'
+    ys = [y] if y in arrays else []
+  if x not in arrays:
+    splits = '' if split == 'all' else 'x_train and x_test, or '
+    raise ValueError(
+      f'{path} holds {sorted(arrays)}: name the {names[0]} {splits}'
+      f'{", or ".join(names)}'
+    )
+  examples = checked(arrays[x], f'{path}:{x}')
+  labels, condition = np.zeros(len(examples), np.int32), arrays.get(c)
+  if y in arrays:
+    labels = _whole_labels(arrays[y], f'{path}:{y}', len(examples))
+  if condition is not None:
+    condition = conditions.checked(condition, f'{path}:{c}', len(examples))
+  ys = [_whole_labels(arrays[k], f'{path}:{k}') for k in ys]
+  least = min((int(y.min()) for y in ys if y.size), default=0)
+  if least and split == 'train':
+    say(
+      f'warning: {path} has no examples of classes below {least}: labels are '
+      'counted from 0.'
+    )
+  whole = x.startswith('x_')
+  return Stored(
+    x=examples,
+    where=f'{path}:{x}',
+    rows=None if whole else split_indices(len(examples), split),
+    labels=labels,
+    num_classes=1 + int(max(y.max(initial=0) for y in ys)) if ys else 0,
+    condition=condition,
+  )
+
+
+def stored_images(path, split):
+  """Return what an .npz or .npy file of images holds.
+
+  Args:
+    path, split: as for `stored`, which says what the arrays are called.
 
   Returns:
     uint8 [N, H, W, C]; integers [N], which are 0 without labels; the number of
@@ -532,38 +608,12 @@ def stored(path, split):
   Raises:
     ValueError: the file has other arrays, or arrays with other values.
   """
-  arrays = _arrays(path)
-  if f'x_{split}' in arrays:
-    x, y, c = f'x_{split}', f'y_{split}', f'condition_{split}'
-    ys = [k for k in ('y_train', 'y_test') if k in arrays]
-  else:
-    x, y = ('images', 'labels') if 'images' in arrays else ('arr_0', 'arr_1')
-    c = 'condition'
-    ys = [y] if y in arrays else []
-  if x not in arrays:
-    splits = '' if split == 'all' else 'x_train and x_test, or '
-    raise ValueError(
-      f'{path} holds {sorted(arrays)}: name the images {splits}images, or arr_0'
-    )
-  images = uint8_images(arrays[x], f'{path}:{x}')
-  labels, condition = np.zeros(len(images), np.int32), arrays.get(c)
-  if y in arrays:
-    labels = _whole_labels(arrays[y], f'{path}:{y}', len(images))
-  if condition is not None:
-    condition = conditions.checked(condition, f'{path}:{c}', len(images))
-  ys = [_whole_labels(arrays[k], f'{path}:{k}') for k in ys]
-  if not x.startswith('x_'):
-    members = split_indices(len(images), split)
-    images, labels = images[members], labels[members]
-    condition = None if condition is None else condition[members]
-  num_classes = 1 + int(max(y.max(initial=0) for y in ys)) if ys else 0
-  least = min((int(y.min()) for y in ys if y.size), default=0)
-  if least and split == 'train':
-    say(
-      f'warning: {path} has no images of classes below {least}: labels are '
-      'counted from 0.'
-    )
-  return images, labels, num_classes, condition
+  found = stored(path, split, uint8_images)
+  parts = found.x, found.labels, found.condition
+  images, labels, condition = (
+    v if v is None or found.rows is None else v[found.rows] for v in parts
+  )
+  return images, labels, found.num_classes, condition
 
 
 def files_below(root):

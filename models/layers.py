@@ -1,9 +1,10 @@
 """Layers that the score networks share.
 
 Class and parameter names are those of the paper's released checkpoints, so that
-these load; see `numbered`. Images are NHWC. `dtype` is the precision of
-convolutions and matrix products. Parameters, statistics of norms, softmax and
-noise embeddings are always float32.
+these load; see `numbered`. Data are [B, *space, C] with one to three spatial
+axes: NHWC for images, to which the names of checkpoints belong. `dtype` is the
+precision of convolutions and matrix products. Parameters, statistics of norms,
+softmax and noise embeddings are always float32.
 """
 
 import functools
@@ -27,11 +28,17 @@ ACTIVATIONS = {
 
 
 def check_divisible(x, factor):
-  """Raise ValueError if images [B, H, W, C] do not divide by a factor."""
-  if x.shape[1] % factor or x.shape[2] % factor:
+  """Raise ValueError if the space of x [B, *space, C] cannot be divided."""
+  space = x.shape[1:-1]
+  if not space:
     raise ValueError(
-      f'Images of {x.shape[1]}x{x.shape[2]} pixels cannot be downsampled '
-      f'{factor}-fold: height and width must be multiples of {factor}.'
+      f'It convolves along axes of space, and vectors of {x.shape[-1]} numbers '
+      "have none: use model.name='mlp', or store them as [N, L, 1]."
+    )
+  if any(size % factor for size in space):
+    raise ValueError(
+      f'Data of {"x".join(map(str, space))} pixels cannot be downsampled '
+      f'{factor}-fold: sizes must be multiples of {factor}.'
     )
 
 
@@ -59,14 +66,23 @@ def default_init(scale=1.0):
 
 
 def conv(features, size, *, dtype, stride=1, init_scale=1.0):
-  """Return a size x size convolution, zero-padded, DDPM's initialiser."""
-  return nn.Conv(
-    features,
-    (size, size),
-    (stride, stride),
-    kernel_init=default_init(init_scale),
-    dtype=dtype,
-  )
+  """Return a zero-padded convolution of `size` along each axis of space.
+
+  It has DDPM's initialiser. Call it in a compact method, whose module then owns
+  its parameters.
+  """
+
+  def apply(x):
+    axes = x.ndim - 2
+    return nn.Conv(
+      features,
+      (size,) * axes,
+      (stride,) * axes,
+      kernel_init=default_init(init_scale),
+      dtype=dtype,
+    )(x)
+
+  return apply
 
 
 def group_norm(x, *, dtype, num_groups=None, epsilon=1e-6, name=None):
@@ -79,6 +95,12 @@ def group_norm(x, *, dtype, num_groups=None, epsilon=1e-6, name=None):
       f'choose nf a multiple of {num_groups}.'
     )
   return nn.GroupNorm(num_groups, epsilon=epsilon, dtype=dtype, name=name)(x)
+
+
+def bias_of(b, x):
+  """Return b [C] or [B, C] with the axes of space that x [B, *space, C] has."""
+  first = b.ndim - 1
+  return jnp.expand_dims(b, range(first, first + x.ndim - b.ndim))
 
 
 def merge(x, h, *, rescale):
@@ -130,7 +152,7 @@ class NIN(nn.Module):
     w = self.param('W', default_init(self.init_scale), shape)
     b = self.param('b', nn.initializers.zeros_init(), (self.features,))
     x, w, b = nn.dtypes.promote_dtype(x, w, b, dtype=self.dtype)
-    return x @ w + b[None, None, None]
+    return x @ w + bias_of(b, x)
 
 
 class AttnBlock(nn.Module):
@@ -148,7 +170,7 @@ class AttnBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    batch, height, width, channels = x.shape
+    batch, channels = x.shape[0], x.shape[-1]
     h = group_norm(x, dtype=self.dtype, num_groups=self.num_groups)
     q, k, v = (
       NIN(channels, self.dtype)(h).reshape(batch, -1, 1, channels)
@@ -158,13 +180,13 @@ class AttnBlock(nn.Module):
     h = jax.nn.dot_product_attention(
       q, k, v, implementation=self.implementation
     )
-    h = h.reshape(batch, height, width, channels)
+    h = h.reshape(x.shape)
     h = NIN(channels, self.dtype, self.init_scale)(h)
     return merge(x, h, rescale=self.skip_rescale)
 
 
 class Conv2d(nn.Module):
-  """A 3x3 convolution fused with FIR up- or downsampling (StyleGAN2)."""
+  """A convolution of size 3 fused with FIR up- or downsampling (StyleGAN2)."""
 
   features: int
   resample: Callable[..., jax.Array]
@@ -173,15 +195,15 @@ class Conv2d(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    shape = (3, 3, x.shape[-1], self.features)
+    shape = *(3,) * (x.ndim - 2), x.shape[-1], self.features
     weight = self.param('weight', default_init(), shape)
     bias = self.param('bias', nn.initializers.zeros_init(), (self.features,))
     x, weight, bias = nn.dtypes.promote_dtype(x, weight, bias, dtype=self.dtype)
-    return self.resample(x, weight, self.taps) + bias[None, None, None]
+    return self.resample(x, weight, self.taps) + bias_of(bias, x)
 
 
 class Upsample(nn.Module):
-  """Doubled height and width, with a 3x3 convolution if `with_conv`.
+  """Doubled axes of space, with a convolution of size 3 if `with_conv`.
 
   `taps` is the FIR filter, None for nearest-neighbour upsampling.
   """
@@ -204,9 +226,9 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-  """Halved height and width, with a 3x3 convolution if `with_conv`.
+  """Halved axes of space, with a convolution of size 3 if `with_conv`.
 
-  `taps` is the FIR filter, None for the mean of 2x2 pixels or, with the
+  `taps` is the FIR filter, None for the mean of neighbours or, with the
   convolution, for no filter at all.
   """
 
@@ -260,7 +282,7 @@ class ResnetBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x, temb):
-    """Return [B, H', W', O] of x [B, H, W, C] and temb [B, E] or None."""
+    """Return [B, *space', O] of x [B, *space, C] and temb [B, E] or None."""
     features = self.out_ch or x.shape[-1]
     norm = functools.partial(
       group_norm, dtype=self.dtype, num_groups=self.num_groups
@@ -272,7 +294,7 @@ class ResnetBlock(nn.Module):
     h = conv(features, 3, dtype=self.dtype)(h)
     if temb is not None:
       dense = nn.Dense(features, kernel_init=default_init(), dtype=self.dtype)
-      h = h + dense(self.act(temb))[:, None, None, :]
+      h = h + bias_of(dense(self.act(temb)), h)
     h = self.act(norm(h))
     h = nn.Dropout(self.dropout, deterministic=not self.train)(h)
     h = conv(features, 3, init_scale=self.init_scale, dtype=self.dtype)(h)

@@ -106,8 +106,13 @@ class MLP(nn.Module):
       label: classes [B], for a class-conditional network; None for no class.
       condition: `conditions.marked` conditions [B, ...]; None for none.
       train: has no effect, because there is no dropout.
+
+    Raises:
+      ValueError: x has more axes.
     """
     del train
+    if x.ndim > 2:
+      raise ValueError(f'It is for vectors [B, D], not for {x.shape}.')
     body = _Body(
       out=1 if self.energy else x.shape[-1],
       nf=self.nf,

@@ -1,11 +1,12 @@
-"""Resampling of images by a factor of two with a short FIR filter.
+"""Resampling of data by a factor of two with a short FIR filter.
 
 Aliasing-free resampling (Zhang 2019, "Making convolutional networks
 shift-invariant again") as StyleGAN2 does it (Karras et al. 2020, Section 4)
-and NCSN++ after it (Song et al. 2021, Appendix H). The two-dimensional filter
-is the outer product of `taps` with itself, normalised to sum to one; outside
-the image there are zeros. The taps (1, 3, 3, 1) are the paper's; the taps
-(1, 1) give plain resampling, that is nearest neighbours and 2x2 means.
+and NCSN++ after it (Song et al. 2021, Appendix H). Data are [B, *space, C] with
+one to three axes of space. The filter is the outer product of `taps` with
+itself over these axes, normalised to sum to one; outside the data there are
+zeros. The taps (1, 3, 3, 1) are the paper's; the taps (1, 1) give plain
+resampling, that is nearest neighbours and means of neighbours.
 
 Each axis is filtered in its polyphase form, one weighted slice of the input per
 tap, which saves the multiplications by inserted zeros.
@@ -15,22 +16,29 @@ import jax
 import jax.numpy as jnp
 
 
+def _axes(x):
+  """Return the axes of space of x [B, *space, C]."""
+  return range(1, x.ndim - 1)
+
+
 def upsample(x, taps):
-  """Double height and width of x [B, H, W, C], keeping the mean."""
+  """Double the axes of space of x [B, *space, C], keeping the mean."""
   return _upsample(x, taps, tail=0)
 
 
 def downsample(x, taps):
-  """Halve height and width of x [B, H, W, C], keeping the mean."""
-  return _downsample_axis(_downsample_axis(x, taps, axis=1), taps, axis=2)
+  """Halve the axes of space of x [B, *space, C], keeping the mean."""
+  for axis in _axes(x):
+    x = _downsample_axis(x, taps, axis=axis)
+  return x
 
 
 def upsample_conv(x, kernel, taps):
-  """Upsample the image with its surroundings, and convolve: [B, 2H, 2W, O].
+  """Upsample the data with their surroundings, and convolve: [B, *2 space, O].
 
   Args:
-    x: [B, H, W, I], surrounded by zeros.
-    kernel: [K, K, I, O] with K odd.
+    x: [B, *space, I], surrounded by zeros.
+    kernel: [K, ..., I, O] with K odd, for each axis of space.
     taps: the filter.
   """
   # Beyond the border the convolution reads the tail of the filter, not zeros.
@@ -39,15 +47,15 @@ def upsample_conv(x, kernel, taps):
 
 
 def downsample_conv(x, kernel, taps):
-  """Filter, then convolve every second pixel: [B, H / 2, W / 2, O].
+  """Filter, then convolve at every second place: [B, *space / 2, O].
 
   Args:
-    x: [B, H, W, I], surrounded by zeros; H and W even.
-    kernel: [K, K, I, O] with K odd.
+    x: [B, *space, I], surrounded by zeros; axes of space of even size.
+    kernel: [K, ..., I, O] with K odd, for each axis of space.
     taps: the filter.
   """
   padding = len(taps) - 2 + kernel.shape[0] - 1
-  for axis in (1, 2):
+  for axis in _axes(x):
     size = x.shape[axis] + kernel.shape[0] - 2
     x = _pad(x, axis, (padding + 1) // 2, padding // 2)
     x = sum(
@@ -70,14 +78,18 @@ def _pad(x, axis, before, after):
 
 
 def _upsample(x, taps, *, tail):
-  """Double height and width, with `tail` more pixels beyond each border."""
-  rows = [
-    jnp.stack(_phases(y, taps, axis=2, tail=tail), axis=3)
-    for y in _phases(x, taps, axis=1, tail=tail)
-  ]
-  y = jnp.stack(rows, axis=2)  # [B, H, 2, W, 2, C]
-  batch, height, _, width, _, channels = y.shape
-  return y.reshape(batch, 2 * height, 2 * width, channels)
+  """Double the axes of space, with `tail` more values beyond each border."""
+
+  def phases(y, axis):
+    """Return y with an axis of size 2 behind each from `axis` on."""
+    if axis == x.ndim - 1:
+      return y
+    both = _phases(y, taps, axis=axis, tail=tail)
+    return jnp.stack([phases(y, axis + 1) for y in both], axis=axis + 1)
+
+  y = phases(x, 1)  # Of images [B, H, 2, W, 2, C].
+  space = (2 * size for size in y.shape[1:-1:2])
+  return y.reshape(len(x), *space, x.shape[-1])
 
 
 def _phases(x, taps, *, axis, tail):
@@ -108,10 +120,11 @@ def _downsample_axis(x, taps, *, axis):
 
 
 def _valid_conv(x, kernel, *, stride):
+  axes = 'DHW'[5 - x.ndim :]
   return jax.lax.conv_general_dilated(
     x,
     kernel,
-    window_strides=(stride, stride),
+    window_strides=(stride,) * len(axes),
     padding='VALID',
-    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    dimension_numbers=(f'N{axes}C', f'{axes}IO', f'N{axes}C'),
   )

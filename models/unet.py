@@ -2,8 +2,9 @@
 
 Residual blocks at each resolution on the way down, the same and one more on the
 way up, which also read the outputs of the way down; attention at some
-resolutions. The base class is the plain network; subclasses choose the blocks
-and override the methods that they do differently.
+resolutions. The network has as many axes of space as its input: one for
+signals, two for images, three for volumes. The base class is the plain network;
+subclasses choose the blocks and override the methods that they do differently.
 """
 
 from typing import Any, ClassVar
@@ -26,7 +27,9 @@ class UNet(nn.Module):
   )
   num_res_blocks: int = fields.num_res_blocks(2)
   attn_resolutions: tuple[int, ...] = option(
-    (16,), 'Image heights at which attention follows the blocks.', '[1, inf)'
+    (16,),
+    'Sizes of the first axis (height) at which attention follows the blocks.',
+    '[1, inf)',
   )
   attention: str = option(
     'xla',
@@ -73,7 +76,8 @@ class UNet(nn.Module):
     """Return the output of the network.
 
     Args:
-      x: noisy images [B, H, W, C].
+      x: noisy images [B, H, W, C], signals [B, L, C] or volumes [B, D, H, W,
+        C].
       cond: noise levels [B], as the embedding takes them.
       label: classes [B], for a class-conditional network; None for no class.
       condition: `conditions.marked` conditions [B, ...]; None for none.
@@ -82,10 +86,10 @@ class UNet(nn.Module):
       train: whether dropout is active; it draws from the stream 'dropout'.
 
     Returns:
-      float32 [B, H, W, C].
+      float32, shaped as x.
 
     Raises:
-      ValueError: the images cannot be halved len(ch_mult) - 1 times.
+      ValueError: the data cannot be halved len(ch_mult) - 1 times.
     """
     layers.check_divisible(x, 2 ** (len(self.ch_mult) - 1))
     act = layers.ACTIVATIONS[self.nonlinearity]

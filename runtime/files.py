@@ -10,6 +10,7 @@ import pathlib
 import re
 import secrets
 import shutil
+import struct
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -201,7 +202,9 @@ class Bounded:
 
 
 def load_arrays(
-  path: str | os.PathLike, what: str = 'an .npz of plain arrays, or an .npy'
+  path: str | os.PathLike,
+  what: str = 'an .npz of plain arrays, or an .npy',
+  map_above: float = math.inf,
 ) -> np.ndarray | dict[str, np.ndarray]:
   """Return the arrays of an .npz file by their names, or that of an .npy file.
 
@@ -210,6 +213,8 @@ def load_arrays(
   Args:
     path: path of the file.
     what: what the file should be, for errors.
+    map_above: arrays of more bytes are mapped into memory, read-only, where the
+      file holds them uncompressed, as `np.save` and `np.savez` write them.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -222,16 +227,24 @@ def load_arrays(
       file, size = Bounded(stream), os.fstat(stream.fileno()).st_size
       if not zipfile.is_zipfile(file):
         file.seek(0)
-        return _read_array(file, size)
+        return _read_array(file, size, path, 0, map_above)
       arrays = {}
       with zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
           # Deflate makes data at most 1032 times smaller.
           if info.file_size > 1032 * size:
             raise ValueError(f'{info.filename} is larger than the file can be')
+          start = None
+          if info.compress_type == zipfile.ZIP_STORED:
+            # Behind a header of 30 bytes, a name and more.
+            file.seek(info.header_offset + 26)
+            lengths = struct.unpack('<HH', file.read(4))
+            start = info.header_offset + 30 + sum(lengths)
           with archive.open(info) as member:
             name = info.filename.removesuffix('.npy')
-            arrays[name] = _read_array(member, info.file_size)
+            arrays[name] = _read_array(
+              member, info.file_size, path, start, map_above
+            )
       return arrays
   except FileNotFoundError:
     raise FileNotFoundError(f'There is no file {path}.') from None
@@ -240,17 +253,25 @@ def load_arrays(
     raise ValueError(f'{path} is not {what}: {reason:.200}') from None
 
 
-def _read_array(stream, size):
-  """Return the array of an .npy stream that has `size` bytes."""
+def _read_array(stream, size, path, start, map_above):
+  """Return the array of an .npy stream that has `size` bytes.
+
+  The stream begins at byte `start` of the file at `path`; None if it is
+  compressed there. For `map_above` see `load_arrays`.
+  """
   header = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
   }[np.lib.format.read_magic(stream)]
-  shape, _, dtype = header(stream)
+  shape, by_columns, dtype = header(stream)
   if dtype.hasobject:
     raise ValueError('it holds Python objects, which are not read')
-  if math.prod(shape) * dtype.itemsize > size - stream.tell():
+  num_bytes = math.prod(shape) * dtype.itemsize
+  if num_bytes > size - stream.tell():
     raise ValueError(f'an array of {shape} {dtype} is cut short')
+  if num_bytes > map_above and start is not None:
+    order, offset = 'F' if by_columns else 'C', start + stream.tell()
+    return np.memmap(path, dtype, 'r', offset, shape, order)
   stream.seek(0)
   return np.lib.format.read_array(stream, allow_pickle=False)
 

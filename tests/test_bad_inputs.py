@@ -31,6 +31,10 @@ RINGS = str(pathlib.Path(__file__).parents[1] / 'configs/toy/rings_vp.py')
 TRAIN = f'--config={TINY} --mode=train --workdir=new'
 POINTS = f'--config={RINGS} --mode=train --workdir=new'
 NPZ = f'{TRAIN} --config.data.dataset=npz --config.data.path='
+ARRAYS = (
+  f'{TRAIN} --config.data.dataset=arrays --config.data.centered '
+  '--config.data.random_flip=False --config.data.path='
+)
 FOLDER = f'{TRAIN} --config.data.dataset=folder --config.data.path='
 IMPORT = f'--config={TINY} --mode=import --workdir=new --checkpoint='
 RUN = '--workdir=run --mode='
@@ -117,9 +121,27 @@ VALUES = f"""
 {TRAIN} --config.data.image_size=0 => config.data.image_size=0
 {TRAIN} --config.data.image_size=1000000000 => config.data.image_size=1000000000
 {TRAIN} --config.data.num_channels=2 => config.data.num_channels=2
-{TRAIN} --config.data.dims=-1 => config.data.dims=-1
-{TRAIN} --config.data.dims=2 => config.data.dims=2
-{POINTS} --config.data.dims=3 => data.dims=2
+{TRAIN} --config.data.shape=-1 => config.data.shape=(-1,)
+{TRAIN} --config.data.shape=2 => data.shape=(2,)
+{TRAIN} --config.data.std=2 => data.std
+{POINTS} --config.data.shape=3 => data.shape=(2,)
+{POINTS} --config.data.std=2 => data.std
+{ARRAYS} => data.path
+{ARRAYS}none.npz => none.npz
+{ARRAYS}text.txt => text.txt
+{ARRAYS}names.npz => names.npz
+{ARRAYS}one_axis.npz => one_axis.npz
+{ARRAYS}nan.npz => nan.npz|not finite in float32, first in example
+{ARRAYS}labels.npz --config.data.mean=0 --config.data.std=1 => labels.npz
+{ARRAYS}wide.npz --config.data.std=0 => config.data.std=(0
+{ARRAYS}whole.npz => channel 0|does not vary
+{ARRAYS}half.npz --config.data.std=1 => half.npz|x_test
+{ARRAYS}flat.npz --config.data.std=1 => config.data.shape|mlp
+{ARRAYS}wide.npz --config.model.ch_mult=1,1 => config.data.shape|multiples
+{ARRAYS}wide.npz --config.data.centered=0 => data.centered=True
+{ARRAYS}wide.npz --config.data.random_flip => data.random_flip=False
+{ARRAYS}wide.npz --config.data.shape=5,3 => wide.npz
+{ARRAYS}wide.npz --config.data.mean=1,2 => data.mean
 {POINTS} --config.data.centered => data.centered
 {TRAIN} --config.sde.name=vpe => config.sde.name='vpe'
 {TRAIN} --config.sde.sigma_min=0 => config.sde.sigma_min=0.0
@@ -260,7 +282,7 @@ DATA = f"""
 {FOLDER}deep => 1.png
 {TRAIN} --config.data.dataset=cifar10 --config.data.path=photos => photos
 --config={RINGS} --mode=stats --workdir=new => config.data.dataset='toy/rings'
---config={RINGS} --mode=eval --workdir=new --samples=photos => toy/rings
+--config={RINGS} --mode=eval --workdir=new --samples=photos => photos|.npy
 {STATS}eval.extractor=none => config.eval.extractor='none'
 {STATS}eval.extractor=os:none => config.eval.extractor='os:none'
 {STATS}eval.extractor=json:none => config.eval.extractor='json:none'
@@ -466,6 +488,8 @@ def _write_data(folder):
   save('pickled', images=np.array([{}], object))
   save('names', pictures=images)
   save('flat', images=images.reshape(4, -1))
+  save('one_axis', images=images.ravel())
+  save('wide', images=np.random.default_rng(0).normal(size=(4, 5, 4)))
   save('range', images=images + 300.0)
   save('nan', images=images + np.nan)
   save('channels', images=np.zeros((4, 8, 8, 3), np.uint8))

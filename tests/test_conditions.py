@@ -28,7 +28,8 @@ M = np.float32([1.0, -1.0, 0.5])
 TOLD = {
   # The process leaves nothing of the mean at t = 1.
   'sde.beta_max': 40.0,
-  'data.dims': 2, 'data.condition_shape': (3,), 'model.input_scale': 0.0,
+  'data.shape': (2,), 'data.mean': (0.0,), 'data.std': (1.0,),
+  'data.condition_shape': (3,), 'model.input_scale': 0.0,
   'data.condition_mean': (2.0,), 'data.condition_std': (0.5, 1.0, 4.0),
 }  # fmt: skip
 
@@ -37,7 +38,7 @@ def get_config(condition='vector', **overrides):
   """Return the config of points with conditions [3]."""
   more = {key.replace('__', '.'): v for key, v in overrides.items()}
   return base.compose(
-    base.vp, base.mlp, {'data.centered': False}, TOLD,
+    base.vp, base.mlp, base.arrays(), TOLD,
     {'model.condition': condition}, more,
   )  # fmt: skip
 
@@ -205,7 +206,8 @@ def test_configs_that_cannot_be(condition, changes, text):
       section, _, name = path.partition('.')
       config[section][name] = value
     if 'none' in text:
-      config.data.dataset = 'toy/rings'
+      toy = {'dataset': 'toy/rings', 'centered': False}
+      config.data.update(toy, mean=(), std=())
   with pytest.raises(ValueError, match=text):
     experiment.build(config)
 
@@ -239,7 +241,12 @@ def test_a_sample_needs_its_condition():
   with pytest.raises(ValueError, match=r'sample\(..., condition=array\)'):
     jax.eval_shape(model.make_sample(2), {}, jax.random.key(0))
   plain = experiment.build(
-    base.compose(base.vp, base.mlp, {'data.dims': 2, 'data.centered': False})
+    base.compose(
+      base.vp,
+      base.mlp,
+      base.arrays(),
+      {'data.shape': (2,), 'data.mean': (0.0,), 'data.std': (1.0,)},
+    )
   )
   for given, text in (
     ({'condition': np.zeros((2, 3))}, 'config.model.condition'),

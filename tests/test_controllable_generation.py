@@ -552,3 +552,21 @@ def test_outside_of_the_interval_nothing_is_guided(name):
   assert abs(limited[1] - plain[1]).min() > 0.01
   with pytest.raises(ValueError, match='interval_low=2.0 needs to be below'):
     control.CONTROLS[name](interval_low=2.0, interval_high=1.0)
+
+
+@pytest.mark.parametrize('shape', [(4,), (6, 2), (4, 6, 5), (2, 4, 2, 1)])
+def test_inpainting_of_arrays(shape):
+  """The mask is over the axes of space, or over the coordinates of points."""
+  x = jnp.arange(2 * int(np.prod(shape)), dtype=jnp.float32).reshape(2, *shape)
+  space = shape[:-1] or shape
+  for name in ('half', 'center', 'random'):
+    operator = control.Inpaint(mask=name, known=0.5)
+    operator.check_shape(x.shape)
+    known = operator.pixels(space)
+    np.testing.assert_array_equal(operator(x), x[:, known])
+  end = control.Inpaint(mask='half')(x)
+  kept = x[..., : space[-1] // 2, :] if len(shape) > 1 else x[:, :2]
+  np.testing.assert_array_equal(end.ravel(), kept.ravel())
+  back = operator.picture(operator(x), x.shape)
+  mask = known[None] if len(shape) == 1 else known[None, ..., None]
+  np.testing.assert_allclose(back, np.where(mask, x, 0))

@@ -125,7 +125,7 @@ def test_check_of_samplers_and_points():
   )
   with pytest.raises(ValueError, match='sampling.method=pc'):
     control.make_task(unbuilt(config))
-  config = get_config(control__name='inpaint', data__dims=2)
+  config = get_config(control__name='super_resolution', data__shape=(2,))
   with pytest.raises(ValueError, match='not points'):
     control.make_task(unbuilt(config))
 
@@ -367,9 +367,10 @@ def test_a_weaker_checkpoint_guides(workdir, tmp_path):
 def test_a_network_told_the_class_makes_the_class():
   """It is trained on three classes of points; without a class it makes all."""
   config = base.compose(
-    base.vp, base.mlp,
+    base.vp, base.mlp, base.arrays(),
     {
-      'data.dims': 2, 'model.num_labels': 3, 'model.input_scale': 0.0,
+      'data.shape': (2,), 'data.mean': (0.0,), 'data.std': (1.0,),
+      'model.num_labels': 3, 'model.input_scale': 0.0,
       'training.condition_dropout': 0.2, 'sampling.num_steps': 60,
     },
   )  # fmt: skip
@@ -402,14 +403,14 @@ def test_a_network_told_the_class_makes_the_class():
   x = jax.jit(experiment.build(config).make_sample(600))(
     params, jax.random.key(2), label=label
   ).x
-  x = 2 * np.asarray(x) - 1  # Points are not scaled.
+  x = np.asarray(x)
   nearest = np.argmin(((x[:, None] - means[None]) ** 2).sum(-1), 1)
   assert np.mean(nearest == label) > 0.97
   config.control.scale = 0.0
   free = jax.jit(experiment.build(config).make_sample(600))(
     params, jax.random.key(2)
   ).x
-  free = 2 * np.asarray(free) - 1
+  free = np.asarray(free)
   nearest = np.argmin(((free[:, None] - means[None]) ** 2).sum(-1), 1)
   share = np.bincount(nearest, minlength=3) / 600
   np.testing.assert_allclose(share, 1 / 3, atol=0.12)

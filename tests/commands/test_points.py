@@ -1,21 +1,28 @@
 """Models of points, from a config to numbers and pictures; figures."""
 
+import copy
+import dataclasses
 import json
 import pathlib
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import special
 
 import evaluation
 import experiment
 import run_lib
 import sampling
 import sde_lib
-from commands import evaluate
+from commands import evaluate, points, stats, trained
+from configs.base import arrays, compose, ddpmpp, edm, vp
 from data import datasets, toy
 from examples import paper_figures
+from runtime.devices import make_layout
 from tests.exact import GAUSSIAN
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -144,3 +151,118 @@ def test_figures_of_the_first_paper(tmp_path):
   assert bare['std_of_late_losses'] > 100 * noisy['std_of_late_losses']
   for name in ('low_density', 'modes', 'manifold'):
     picture(tmp_path / f'{name}.png')
+
+
+class Zero(nn.Module):
+  """A network that returns 0: with EDM's scales exact for scaled Gaussians."""
+
+  def __call__(self, x, cond, *, train):
+    return jnp.zeros_like(x)
+
+
+def own_features(x):
+  """Return features of signals: some numbers of each, of deviation 1."""
+  return x[:, :2].reshape(len(x), -1) / [0.1, 70, 0.1, 70]
+
+
+@pytest.fixture(scope='module')
+def signals(tmp_path_factory):
+  """A run on Gaussian signals in two units, and its test set."""
+  folder = tmp_path_factory.mktemp('signals')
+  x = np.random.default_rng(0).normal([5, -3000], [0.1, 70], (600, 8, 2))
+  np.savez(folder / 'x.npz', x_train=x[:400], x_test=x[400:])
+  config = compose(
+    vp, ddpmpp, edm, arrays(str(folder / 'x.npz')),
+    {
+      'model.ch_mult': (1,), 'model.attn_resolutions': (),
+      'eval.num_samples': 400, 'eval.batch_size': 200,
+      'eval.extractor': f'{__name__}:own_features',
+      'sampling.num_steps': 12,
+    },
+  )  # fmt: skip
+  model = dataclasses.replace(experiment.build(config), network=Zero())
+  run = trained.Run(
+    model=model, workdir=folder, step=1, params={}, layout=make_layout()
+  )
+  return run, datasets.load(model.config.data, 'test')
+
+
+def test_arrays_are_evaluated(signals, tmp_path, monkeypatch):
+  """An exact model is as far from the test data as the training data are."""
+  monkeypatch.setenv('SCORE_SDE_CACHE', str(tmp_path / 'cache'))
+  run, test_set = signals
+  judge = evaluate.Judge.of(run.model.config, tmp_path, 400)
+  result = points.evaluator(test_set, judge)(run, tmp_path)
+  assert result['count'] == 400 and result['nfe'] > 10
+  value = lambda name: result[name]['value']
+  # Distances are those of 16 numbers of deviation 1, whatever the units.
+  assert (
+    0.5 < value('sliced_wasserstein') / value('true_sliced_wasserstein') < 2
+  )
+  assert abs(value('energy_distance') - value('true_energy_distance')) < 0.02
+  assert value('fid') < 0.2
+  saved = np.load(tmp_path / 'samples_400.npz')['signals']
+  np.testing.assert_allclose(saved.mean((0, 1)), [5, -3000], rtol=0.005)
+  np.testing.assert_allclose(saved.std((0, 1)), [0.1, 70], rtol=0.15)
+  for name in ('samples', 'test_data', 'histograms', 'spectra'):
+    picture(tmp_path / f'{name}.png')
+
+
+def test_arrays_of_a_user_are_scored(signals, tmp_path, capsys):
+  run, test_set = signals
+  config = copy.deepcopy(run.model.config)
+  config.eval.extractor = ''
+  x = test_set.fetch(np.arange(200))
+  np.save(tmp_path / 'mine.npy', x + np.float32([0.1, 0]))
+  evaluate.evaluate_images(config, tmp_path, tmp_path / 'mine.npy')
+  assert 'No FID, KID or Inception Score' in capsys.readouterr().out
+  (path,) = tmp_path.glob('eval/mine.npy-*.json')
+  result = json.loads(path.read_text())
+  assert result['count'] == 200 and 'fid' not in result
+  # A shift by 1 of half of the numbers: the root of the mean of half a square.
+  shift = result['sliced_wasserstein']['value']
+  assert abs(shift - np.sqrt(0.5)) < 0.1
+  np.save(tmp_path / 'short.npy', x[:, :7])
+  with pytest.raises(ValueError, match='short.npy.* examples of shape .7, 2.'):
+    evaluate.evaluate_images(config, tmp_path, tmp_path / 'short.npy')
+  with pytest.raises(ValueError, match='No FID.*config.eval.extractor'):
+    stats.stats(config, tmp_path)
+
+
+@pytest.mark.parametrize('dims', [1, 3, 40])
+def test_distances_in_any_dimension(dims):
+  """Of a shift s the mean square over directions is |s|^2 / dims."""
+  x, y = np.random.default_rng(0).normal(size=(2, 300, dims))
+  shift = np.full(dims, 3.0)
+  sliced = evaluation.sliced_wasserstein(x, x + shift, directions=800)
+  np.testing.assert_allclose(sliced, 3.0, rtol=0.1)
+  assert evaluation.sliced_wasserstein(x, y) < 0.3
+  # Of distributions far apart: 2 |s| - 2 E|x - x'|, |x - x'|^2 ~ 2 chi^2.
+  far = evaluation.energy_distance(x, y + 100 * shift)
+  width = 2 * np.exp(
+    special.gammaln((dims + 1) / 2) - special.gammaln(dims / 2)
+  )
+  wanted = 2 * 300 * np.sqrt(dims) - 2 * width
+  np.testing.assert_allclose(
+    far, wanted, atol=0.05 * width + 0.5 * np.sqrt(dims)
+  )
+  few = evaluation.energy_distance(x, y)
+  pairs = lambda a, b: np.linalg.norm(a[:, None] - b[None], axis=-1).sum()
+  wanted = 2 * pairs(x, y) / 300**2
+  wanted -= (pairs(x, x) + pairs(y, y)) / (300 * 299)
+  np.testing.assert_allclose(few, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize('space', [(16,), (8, 4), (4, 6, 8)])
+def test_power_spectrum(space):
+  """White noise has its variance at all frequencies, a wave one frequency."""
+  x = np.random.default_rng(0).normal(size=(400, *space, 2)) * [1, 3]
+  frequency, power = evaluation.power_spectrum(x)
+  np.testing.assert_allclose(frequency, np.arange(len(power)) / max(space))
+  np.testing.assert_allclose(power / [1, 9], 1, atol=0.3)
+  n = space[-1]
+  wave = np.cos(2 * np.pi * 2 * np.arange(n) / n)
+  wave = np.broadcast_to(wave, (1, *space))[..., None]
+  _, power = evaluation.power_spectrum(wave)
+  (place,) = np.nonzero(power[:, 0] > 1e-9)
+  assert frequency[place] == 2 / n

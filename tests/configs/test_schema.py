@@ -550,7 +550,7 @@ def test_every_number_has_a_range(path):
       'config.sampling.s_min=60.0 is above config.sampling.s_max=50.0',
     ),
     ({'model__ch_mult': ()}, 'ch_mult=[(][)] is empty'),
-    ({'data__dims': 2}, "name='ncsnpp' cannot take data of config.data.dims=2"),
+    ({'data__shape': (2,)}, r"data.shape=\(2,\), .* for data.dataset='arrays'"),
     ({'model__ch_mult': (1, 1, 1, 1, 1)}, 'config.data.image_size=8: .*pixels'),
   ],
 )

@@ -57,7 +57,7 @@ def test_fingerprints_never_change():
   grey = config('digits', num_channels=1)
   assert of(grey, 'train') == '6189fb130c18d865'
   assert of(grey, 'test') == '93d3e299cee82393'
-  rings = datasets.Data(dataset='toy/rings', dims=2)
+  rings = datasets.Data(dataset='toy/rings', shape=(2,))
   assert of(rings, 'test') == '14bfd195025461fa'
 
 
@@ -113,7 +113,9 @@ def test_defaults_of_the_section():
     'image_size': 32,
     'num_channels': 3,
     'background': 'white',
-    'dims': 0,
+    'shape': (),
+    'mean': (),
+    'std': (),
     'condition_shape': (),
     'condition_mean': (),
     'condition_std': (),
@@ -140,9 +142,9 @@ def test_defaults_of_the_section():
       {'background': 'whit'},
       "background='whit' is unknown: did you mean 'white'",
     ),
-    ({'dims': -1}, r'dims=-1 is not in \[0, inf\)'),
+    ({'shape': (-1,)}, r'shape=\(-1,\) is not in \[1, 1e7\]'),
     ({'centered': 1}, 'centered=1 is not of type bool'),
-    ({'dataset': 'toy/rings'}, 'needs data.dims=2 and data.centered=False'),
+    ({'dataset': 'toy/rings'}, r'needs data.shape=\(2,\), data.centered=False'),
   ],
 )
 def test_values_of_the_section_are_checked(changes, message):

@@ -16,7 +16,13 @@ SIDE = 192
 
 
 def config(name, **changes):
-  fields = {'dataset': name, 'dims': 2, 'centered': False, 'num_channels': 3}
+  fields = {
+    'dataset': name,
+    'shape': (2,),
+    'std': (),
+    'centered': False,
+    'num_channels': 3,
+  }
   return argparse.Namespace(**fields | changes)
 
 
@@ -110,8 +116,10 @@ def test_dataset(name):
 
 
 def test_bad_dims_are_refused():
-  for changes in ({'dims': 0}, {'centered': True}):
-    with pytest.raises(ValueError, match='data.dims=2 and data.centered=False'):
+  for changes in ({'shape': ()}, {'centered': True}):
+    with pytest.raises(
+      ValueError, match=r'data.shape=.2,.*data.centered=False'
+    ):
       datasets.load(config('toy/rings', **changes), 'train')
 
 

@@ -29,7 +29,8 @@ TINY = {
 
 def shapes_of(model, size=8, channels=3):
   """Return parameter shapes by path, without drawing any parameter."""
-  x = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
+  space = (size, size) if size else ()
+  x = jax.ShapeDtypeStruct((1, *space, channels), jnp.float32)
   cond = jax.ShapeDtypeStruct((1,), jnp.float32)
   init = lambda x, cond: model.init(jax.random.key(0), x, cond, train=False)
   params = jax.eval_shape(init, x, cond)['params']
@@ -202,6 +203,67 @@ def test_other_options_run(fields):
     jax.random.key(0), x, jnp.ones(1), train=False
   )
   assert jax.eval_shape(run, x)[0].shape == x.shape
+
+
+# Axes of space.
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [
+    {},
+    {'fir': False, 'progressive_input': 'none', 'num_labels': 3},
+    {'progressive': 'output_skip', 'progressive_input': 'input_skip'},
+    {'progressive': 'residual', 'resblock_type': 'ddpm'},
+    {'name': 'ddpm', 'nf': 32},
+  ],
+)
+def test_one_network_for_any_axes_of_space(fields):
+  """Its parameters differ in the shapes of kernels alone."""
+  few = {'ch_mult': (1, 2), 'attn_resolutions': (4,)}
+  network = models.create(**TINY | few | fields)
+
+  def run(*space):
+    def apply(x):
+      rng, cond = jax.random.key(0), jnp.ones(2)
+      return network.init_with_output(rng, x, cond, train=False)
+
+    y, variables = jax.eval_shape(apply, jnp.zeros((2, *space, 3)))
+    assert y.shape == (2, *space, 3) and y.dtype == jnp.float32
+    flat = traverse_util.flatten_dict(variables['params'])
+    return {path: leaf.shape for path, leaf in flat.items()}
+
+  def kernel(shape, axes):
+    return (*shape[:1] * axes, *shape[2:]) if len(shape) == 4 else shape
+
+  wanted = run(8, 4)
+  for space in ((8,), (8, 2, 4)):
+    shapes = {path: kernel(v, len(space)) for path, v in wanted.items()}
+    assert run(*space) == shapes
+
+
+def test_a_signal_is_an_image_of_one_column():
+  """So is an image a volume: only the middles of the kernels see it."""
+  network = models.create(**TINY | {'attn_resolutions': (8,)})
+  of_images, cond = random_params(network), jnp.array([0.3, 2.0])
+
+  def narrow(kernel):
+    return kernel[:, kernel.shape[1] // 2] if kernel.ndim == 4 else kernel
+
+  def deepen(kernel):  # Zeros but for the middle of a third axis.
+    if kernel.ndim != 4:
+      return kernel
+    k, channels = kernel.shape[0], kernel.shape[2:]
+    deep = jnp.zeros((k, k, k, *channels))
+    return deep.at[:, :, k // 2].set(kernel)
+
+  x = images()[:, :, 0]
+  image = apply(network, of_images, x[:, :, None], cond)[:, :, 0]
+  of_signals = jax.tree.map(narrow, of_images)
+  assert_close(apply(network, of_signals, x, cond), image, 1e-5)
+  of_volumes = jax.tree.map(deepen, of_images)
+  volume = apply(network, of_volumes, x[:, :, None, None], cond)
+  assert_close(volume[:, :, 0, 0], image, 1e-5)
 
 
 def test_unconditional_network_ignores_the_noise_level():
@@ -451,6 +513,8 @@ def test_wrong_names_and_values_are_explained(fields, message):
 def test_impossible_sizes_are_explained():
   with pytest.raises(ValueError, match='multiples of 8'):
     shapes_of(models.create('ncsnpp'), size=28)
+  with pytest.raises(ValueError, match="vectors of 3 .* model.name='mlp'"):
+    shapes_of(models.create('ncsnpp'), size=None)
   with pytest.raises(ValueError, match='choose nf a multiple of 32'):
     shapes_of(models.create('ddpm', nf=48), size=8)
 
