@@ -610,8 +610,8 @@ class Overexposed(Ranged):
   Here x is 0 for black and 1 for white.
 
   Example:
-    >>> print(Overexposed(gain=10.0)(jnp.ones((1, 1, 1, 1))).item())
-    1.0
+    >>> print(f'{Overexposed(gain=10.0)(jnp.ones((1, 1, 1, 1))).item():.3f}')
+    1.000
   """
 
   gain: float = option(2.0, 'Factor of the exposure.', '(0, inf)')

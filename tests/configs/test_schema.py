@@ -673,6 +673,7 @@ def test_paths_may_begin_with_a_tilde(monkeypatch):
     'control.condition',
     'control.images',
     'control.mask',
+    'control.measurements',
     'control.weak_workdir',
     'data.path',
     'eval.inception_path',
