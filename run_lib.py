@@ -157,15 +157,23 @@ def _mean_gradient(mean_loss, parts, unrolled):
   return gradient
 
 
-def make_one_step(model, layout, unrolled):
+def make_one_step(model, layout, unrolled, seed=None):
   """Return one_step(state, batch) -> (state, loss), not compiled.
 
   What is random at a step is a function of the seed and the step alone. With
   `training.shard_state` each device updates its part of the state, of which all
   gather the parameters first.
+
+  Args:
+    model: the Experiment.
+    layout: where arrays live.
+    unrolled: whether the loop over the parts of a batch is Python's.
+    seed: an integer, or an argument of a compiled function; None for that of
+      the config.
   """
   training = model.config.training
-  base_rng = jax.random.key(model.config.seed, impl=training.prng)
+  seed = model.config.seed if seed is None else seed
+  base_rng = jax.random.key(seed, impl=training.prng)
   gather = split = keep = lambda tree: tree
   if training.shard_state:
     shardings = _shardings(abstract_state(model, layout))
