@@ -1,6 +1,7 @@
 r"""Measure what each ingredient of a modern recipe does on small real images.
 
-  python -m benchmarks.ablation [--seeds 5] [--images 10240] [--folder F]
+  python -m benchmarks.ablation [--seeds 5] [--images 10240] [--folder F] \
+    [--report]
 
 The images are scikit-learn's handwritten digits. Every row of the table is a
 training with the same network, number of images, batch, peak learning rate and
@@ -14,7 +15,8 @@ standard error is that of the mean over seeds.
 Trainings and results are kept in F under the content that they depend on, and
 not computed again, so the program can be stopped at any time. At the end it
 writes benchmarks/ablation.json, docs/ablation.png and the table in
-docs/results.md. It uses one core: put `taskset -c 0` before it.
+docs/results.md; with --report it writes the rows that are there. It uses one
+core: put `taskset -c 0` before it.
 """
 
 import argparse
@@ -62,6 +64,7 @@ TABLE = re.compile('(?<=<!-- ablation -->\n).*(?=<!-- /ablation -->)', re.S)
 # Programs of a small network: less effort in compiling costs no speed.
 QUICK = {'xla_backend_optimization_level': 1}
 BATCH, SAMPLES, AT_A_TIME = 32, 750, 250
+FEWEST = 20 * BATCH  # Images of a training: its warm-up is a 20th.
 LENGTHS = 0.1, 0.05  # Of power-function averages.
 WEAK_AT = 4  # The weak network of autoguidance has this part of the training.
 
@@ -432,8 +435,13 @@ class Lab:
       images.append(model.to_data(found.x))
     return np.concatenate(images)
 
-  def __call__(self, row, seed) -> float:
-    """Return the Frechet distance of a row with a seed."""
+  def __call__(self, row, seed, kept=False) -> float | None:
+    """Return the Frechet distance of a row with a seed.
+
+    Args:
+      row, seed: what is measured.
+      kept: whether to return None rather than to measure what is missing.
+    """
     config, origin, before = config_of(row, self.images), None, None
     if row.after is not None:
       before = config_of(Row('', row.after), self.images)
@@ -442,6 +450,8 @@ class Lab:
     about += text_of(config, 'sampling', 'control'), self.judge.name
     name = f'result-{digest(*about, SAMPLES, AT_A_TIME)}.json'
     if not (path := self.train.folder / name).exists():
+      if kept:
+        return None
       begin = before and self.train(before, seed)[str(row.average)]
       params = self.train(config, seed, origin, begin)
       images = self._samples(row, config, params, seed)
@@ -453,40 +463,50 @@ class Lab:
 # -------------------------------------------------------------------- results
 
 
-def measure(lab, groups, seeds, done=lambda *_: None):
-  """Return {group: [{'row', 'distances'}]}, the seeds in order."""
+def measure(lab, groups, seeds, kept=False, done=lambda *_: None):
+  """Return {group: [{'row', 'distances'}]}, the seeds in order.
+
+  With `kept` nothing is measured; rows that miss a seed are left out, and so
+  are groups without rows.
+  """
   found, number = {}, 0
   for group, members in groups.items():
     found[group] = []
     for row in members:
       distances = []
       for seed in range(seeds):
-        distances.append(lab(row, seed))
+        distances.append(lab(row, seed, kept))
         number += 1
-        done(number, f'{row.name} {distances[-1]:.3f}')
-      found[group].append({'row': row.name, 'distances': distances})
-  return found
+        done(number, row.name)
+      if None not in distances:
+        found[group].append({'row': row.name, 'distances': distances})
+  return {group: members for group, members in found.items() if members}
 
 
 def compared(members):
   """Yield (row, mean, error, difference, its error) of the rows of a group.
 
-  The differences are to the first row, errors are standard errors over seeds.
+  The differences are to the first row, seed by seed: the same seed gives the
+  same images in the same order, and the same noise. Errors are standard errors
+  of means over seeds.
   """
-  first = None
+  first = np.asarray(members[0]['distances'])
+  error = lambda v: evaluation.standard_error(v) if len(v) > 1 else math.nan
   for member in members:
     values = np.asarray(member['distances'])
-    mean, error = values.mean(), evaluation.standard_error(values) or math.nan
-    first = first or (mean, error)
-    gap = mean - first[0], math.hypot(error, first[1])
-    yield member['row'], mean, error, *gap
+    gap = values - first
+    yield (
+      member['row'],
+      *(values.mean(), error(values)),
+      *(gap.mean(), error(gap)),
+    )
 
 
 def table(results):
   """Return the results as Markdown, clear differences in bold."""
   lines = []
   for group, members in results['rows'].items():
-    lines += [f'| {group} | Frechet distance | difference to the first row |']
+    lines += [f'| {group} | Fréchet distance | difference to the first row |']
     lines += ['|---|---|---|']
     for i, (row, mean, error, gap, of_gap) in enumerate(compared(members)):
       shown = f'{gap:+.2f} ± {of_gap:.2f}' if i else ''
@@ -517,9 +537,17 @@ def draw(path, results):
       ax.errorbar(mean, i, xerr=2 * error, fmt='o', color=color, capsize=3)
     ax.set_yticks(range(len(found)), [row for row, *_ in found])
     ax.set(title=group, xscale='log', ylim=(most - 0.5, -0.5))
-    ax.set_xlabel('Frechet distance: mean, two standard errors, seeds')
+    ax.set_xlabel('Fréchet distance: mean, two standard errors, seeds')
     ax.grid(alpha=0.3)
   save_figure(path, figure)
+
+
+def publish(results):
+  """Write the results as JSON, picture and table."""
+  write_json(RESULTS, results)
+  draw(PICTURE, results)
+  write_text(PAGE, TABLE.sub(lambda _: table(results), PAGE.read_text()))
+  say(f'{RESULTS}, {PICTURE} and {PAGE} have been written.')
 
 
 def main(argv=None):
@@ -532,7 +560,10 @@ def main(argv=None):
     '--images', type=int, default=10_240, help='of a training'
   )
   parser.add_argument('--folder', type=pathlib.Path, help='of what is kept')
+  parser.add_argument('--report', action='store_true', help='measure nothing')
   args = parser.parse_args(argv)
+  if args.seeds < 1 or args.images < FEWEST:
+    parser.error(f'--seeds needs to be 1 or more, --images {FEWEST} or more.')
   make_cache_dir()
   jax.config.update('jax_compilation_cache_dir', str(cache_dir() / 'jax'))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
@@ -542,7 +573,8 @@ def main(argv=None):
   say(f'Classifier: {judge.accuracy:.3f} right; test {judge.of_test:.3f}')
   groups = rows()
   total = args.seeds * sum(map(len, groups.values()))
-  found = measure(lab, groups, args.seeds, Progress('run', total, 'runs'))
+  progress = Progress('run', total, 'runs')
+  found = measure(lab, groups, args.seeds, args.report, progress)
   results = {
     'images': args.images,
     'batch': BATCH,
@@ -554,11 +586,7 @@ def main(argv=None):
     'versions': {m.__name__: m.__version__ for m in (jax, flax, np)},
     'rows': found,
   }
-  write_json(RESULTS, results)
-  draw(PICTURE, results)
-  page = TABLE.sub(lambda _: table(results), PAGE.read_text())
-  write_text(PAGE, page)
-  say(f'{RESULTS}, {PICTURE} and {PAGE} have been written.')
+  publish(results)
 
 
 if __name__ == '__main__':
