@@ -64,6 +64,7 @@ def small(**training):
   return config
 
 
+@pytest.mark.slow
 def test_a_training_is_that_of_run_lib(trainer, monkeypatch):
   """It has the numbers of a run with this seed, and is not made again."""
   config, data = small(), trainer.data
