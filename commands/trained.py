@@ -132,11 +132,12 @@ def facts(config) -> dict[str, Any]:
 
 
 def sampler_of(config) -> dict[str, Any]:
-  """Return the keys of config.sampling that samples depend on, by name."""
+  """Return the options of the sampler and its guidance, by name."""
+  guidance = schema.own_guidance(config)
   return {
-    path.removeprefix('sampling.'): value
+    path.partition('.')[2]: value
     for path, value in schema.marked(config, 'samples').items()
-    if path.startswith('sampling.')
+    if path.startswith('sampling.') or path in guidance
   }
 
 

@@ -377,6 +377,13 @@ def chosen_keys(config) -> set[str]:
   return found
 
 
+def own_guidance(config) -> set[str]:
+  """Return the dotted keys of a network's guidance by what it is told."""
+  if not (config.model.get('num_labels') or config.model.get('condition')):
+    return set()
+  return {f'control.{o.name}' for o in options.declared(CONTROLS['labels'])}
+
+
 def check(config) -> None:
   """Raise ValueError for a key or a value that cannot be, naming both.
 
@@ -420,12 +427,7 @@ def unused(config) -> list[str]:
 
   They differ from the default, but belong to a choice that was not made.
   """
-  chosen, lines = chosen_keys(config), []
-  if config.model.get('num_labels') or config.model.get('condition'):
-    # Such a network is guided by itself.
-    chosen |= {
-      f'control.{o.name}' for o in options.declared(CONTROLS['labels'])
-    }
+  chosen, lines = chosen_keys(config) | own_guidance(config), []
   for section in ('training', 'optim', 'sampling', 'control'):
     idle = {
       path: value

@@ -1,6 +1,7 @@
 """Results are named by all that they are of: nothing replaces anything else."""
 
 import json
+import math
 import shutil
 
 import jax
@@ -10,7 +11,7 @@ from PIL import Image
 
 import experiment
 from checkpoints.workdir import Checkpoints
-from commands import encode, evaluate, exchange, sample, stats
+from commands import encode, evaluate, exchange, sample, stats, trained
 from features import extract as extracting
 from runtime.files import load_npz, save_npz
 from tests import tiny
@@ -179,3 +180,13 @@ def test_a_damaged_result_is_named_and_left_out(tmp_path, capsys):
   assert f'warning: {damaged} is damaged' in capsys.readouterr().out
   results = json.loads((tmp_path / 'eval' / 'results.json').read_text())
   assert [result['step'] for result in results] == [4]
+
+
+def test_guidance_is_shown_beside_the_sampler():
+  """Where the network is told classes, which `--mode eval` guides it to."""
+  plain = trained.sampler_of(tiny.get_config())
+  told = trained.sampler_of(
+    tiny.get_config(model__num_labels=10, control__scale=1.5)
+  )
+  guidance = {'scale': 1.5, 'interval_low': 0.0, 'interval_high': math.inf}
+  assert told == plain | guidance and not plain.keys() & guidance
