@@ -98,7 +98,7 @@ class Channels(Condition):
     >>> Channels.problem((8, 8, 3), (8, 8, 1)), Channels.problem((3,), (2,))
     ('', '')
     >>> Channels.problem((3,), (8, 8, 1))
-    "does not lie over data of (8, 8, 1), with equal axes but the last."
+    'does not lie over data of (8, 8, 1), with equal axes but the last.'
   """
 
   @staticmethod

@@ -9,6 +9,7 @@ os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
 
 import jax
 import jaxtyping
+import pytest
 
 from tests import typecheck
 
@@ -36,3 +37,14 @@ TYPED = (
   'solvers',
 )
 jaxtyping.install_import_hook(TYPED, f'{typecheck.__name__}.check')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def forget_programs():
+  """Drop the programs of a file of tests after it.
+
+  The garbage collector goes through all that JAX holds again and again: without
+  this, tests late in a run take many times as long as alone.
+  """
+  yield
+  jax.clear_caches()

@@ -146,6 +146,7 @@ def test_a_run_begins_with_the_weights_of_another(tmp_path, monkeypatch):
     vp, mlp, edm, toy('mixture'), change,
     {
       'training.begin_with': '~/first', 'optim.lr': 0.0,
+      'training.ema_rate': 0.0,
       'training.objective': 'consistency', 'sampling.method': 'consistency',
     },
   )  # fmt: skip

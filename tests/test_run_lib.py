@@ -561,7 +561,9 @@ def test_memory_of_test_losses_and_pictures(monkeypatch, tmp_path):
   )
   sizes, layout = [], make_layout()
   model = types.SimpleNamespace(
-    config=config, make_sample=lambda n: sizes.append(n) or (lambda *_: None)
+    config=config,
+    kind='images',
+    make_sample=lambda n: sizes.append(n) or (lambda *_: None),
   )
   run_lib.draw_snapshot(model, layout, tmp_path)
   test_loss = lambda *args, limit: sizes.append(args[3]) or {'test_loss': 0.0}

@@ -44,7 +44,7 @@ def test_one_line_makes_it_known(page, monkeypatch):
   table = sampling.SAMPLERS
   monkeypatch.setitem(table, 'noisy_ddim', page['NoisyDDIM'])
   key = schema._keys()['sampling.eta']
-  assert key.choices == ('method=noisy_ddim',)
+  assert key.choices == ('predictor=ddim', 'method=noisy_ddim')
   section = schema.defaults()['sampling'] | {'method': 'noisy_ddim', 'eta': 0.5}
   assert options.build(table, section, 'sampling.method').eta == 0.5
   with pytest.raises(ValueError, match=r'sampling.eta=2.0 is not in \[0, 1\]'):

@@ -8,14 +8,14 @@ import pytest
 import sde_lib
 from solvers import adaptive_sde
 from tests.exact import MIXTURE
-from tests.test_sampling import SDES, assert_moments, compiled, name, prior
+from tests.test_sampling import SDES, assert_moments, name, prior
 
 
 def sample(sde, rtol):
   """Return Samples of the mixture."""
   sampler = adaptive_sde.AdaptiveSDE(eps=1e-3, sde_rtol=rtol, sde_atol=rtol)
   score_fn = MIXTURE.score_fn(sde)
-  return compiled(lambda z: sampler(jax.random.key(0), score_fn, sde, z))(
+  return jax.jit(lambda z: sampler(jax.random.key(0), score_fn, sde, z))(
     prior(sde)
   )
 
@@ -35,7 +35,7 @@ def test_tolerance_costs_evaluations():
 def test_brownian_path():
   """Check w(0) = 0 and that the increments are independent N(0, dt)."""
   times = jnp.asarray([0.0, 1e-3, 0.25, 0.3, 0.9, 1.0])
-  walk = compiled(
+  walk = jax.jit(
     jax.vmap(
       lambda t: adaptive_sde.brownian_path(jax.random.key(3), t, (4000,))
     )
@@ -50,7 +50,7 @@ def test_brownian_path():
 
 def test_a_linear_sde_without_noise_is_solved():
   """Check that dx = x dt, solved backwards from 1 to 0, gives exp(-1)."""
-  solve = compiled(
+  solve = jax.jit(
     lambda rtol: adaptive_sde.solve_sde(
       jax.random.key(0),
       lambda x, t: x,
@@ -88,7 +88,7 @@ def test_failure_is_reported():
 @pytest.mark.parametrize(('where', 'most'), [(2.0, 2), (0.5, 400)])
 def test_a_drift_that_is_not_finite_stops(where, most):
   """At once, if it is the first one; the time of the cause is named."""
-  found = compiled(
+  found = jax.jit(
     lambda x: adaptive_sde.solve_sde(
       jax.random.key(0),
       lambda x, t: jnp.where(sde_lib.expand(t < where, x), jnp.nan, -x),

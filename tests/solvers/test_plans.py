@@ -11,7 +11,7 @@ import sampling
 import sde_lib
 from solvers import grids, plans, predictors
 from tests.exact import GAUSSIAN, MIXTURE
-from tests.test_sampling import assert_moments, compiled
+from tests.test_sampling import assert_moments
 
 SDES = [
   sde_lib.VESDE(sigma_min=0.01, sigma_max=50.0),
@@ -62,7 +62,7 @@ def padded(plan):
 def program(sde, noisy):
   """Return run(plan, z) -> x for the mixture."""
 
-  @compiled
+  @jax.jit
   def run(plan, z):
     return plans.carry_out(
       plan,
@@ -300,7 +300,7 @@ def test_frames_lead_from_noise_to_the_samples(method):
   def run(**options):
     sampler, score_fn = small(method), GAUSSIAN.score_fn(sde)
     sample = lambda rng, z: sampler(rng, score_fn, sde, z, **options)
-    return compiled(sample)(jax.random.key(1), z)
+    return jax.jit(sample)(jax.random.key(1), z)
 
   samples, plain = run(frames=4), run()
   assert samples.frames.shape == (4, 3, 2) and plain.frames.shape == (0, 3, 2)
