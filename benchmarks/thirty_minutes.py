@@ -9,8 +9,8 @@ steps with which everything ends in time; W/plan.json keeps it. Then it trains,
 compares lengths of averages and guidances by the FID of a few samples, and
 computes that of many samples, of another seed, with the best of them. The time
 of all pieces counts, from their start to their end. The first command needs no
-accelerator: it names files that are missing, because nothing is fetched, and
-computes the reference statistics.
+accelerator: it names files that are missing, because nothing is fetched without
+--fetch_data, and computes the reference statistics.
 """
 
 # ruff: noqa: E402 (imports are part of the time)
@@ -63,6 +63,7 @@ for define, name, default, meaning in (
   (flags.DEFINE_integer, 'restarts', None, 'Pieces after the first.'),
   (flags.DEFINE_float, 'restart_seconds', 30, 'Time that a restart takes.'),
   (flags.DEFINE_bool, 'prepare', False, 'Check files, compute statistics.'),
+  (flags.DEFINE_bool, 'fetch_data', False, 'Download missing files first.'),
 ):
   define(name, default, meaning, flag_values=FLAGS)
 
@@ -380,7 +381,8 @@ def check_files(config):
     if not any((files.cache_dir() / name).is_file() for name in names):
       raise FileNotFoundError(
         f'{files.cache_dir()} has no {" or ".join(names)}, and nothing is '
-        f'fetched: copy one there, or name it with --config.{key}.'
+        'fetched without --fetch_data: copy one there, or name it with '
+        f'--config.{key}.'
       )
 
 
@@ -402,7 +404,8 @@ def main(argv):
       raise ValueError('--workdir is missing.')
     schema.check(config)
     compared(config)  # Checks --guidance.
-    check_files(config)
+    if not FLAGS.fetch_data:
+      check_files(config)
     files.make_cache_dir()
     if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
       cache = str(files.cache_dir() / 'jax')
