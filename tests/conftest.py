@@ -43,8 +43,7 @@ jaxtyping.install_import_hook(TYPED, f'{typecheck.__name__}.check')
 def forget_programs():
   """Drop the programs of a file of tests after it.
 
-  The garbage collector goes through all that JAX holds again and again: without
-  this, tests late in a run take many times as long as alone.
+  Otherwise a process of tests holds several GiB of them at the end.
   """
   yield
   jax.clear_caches()
