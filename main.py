@@ -25,8 +25,8 @@ import experiment
 import run_lib
 from commands import control, encode, evaluate, exchange, sample, stats
 from configs import schema
-from runtime.devices import divide_cpu, num_cores
-from runtime.files import cache_dir, check_local, make_cache_dir
+from runtime.devices import divide_cpu, keep_programs, num_cores
+from runtime.files import check_local
 from runtime.progress import say
 
 FLAGS = flags.FLAGS
@@ -149,11 +149,7 @@ def read_config():
 
 def configure_jax():
   """Keep compiled programs, and let hosts find each other."""
-  make_cache_dir()
-  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-    jax.config.update('jax_compilation_cache_dir', str(cache_dir() / 'jax'))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
-  jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+  keep_programs()
   join_hosts()
 
 

@@ -45,12 +45,11 @@ from data import batches as batching
 from data import datasets
 from features.statistics import Moments
 from reporting.pictures import pyplot, save_figure
-from runtime.devices import make_layout
+from runtime.devices import keep_programs, make_layout
 from runtime.files import (
   cache_dir,
   digest,
   load_npz,
-  make_cache_dir,
   save_npz,
   write_json,
   write_text,
@@ -564,9 +563,7 @@ def main(argv=None):
   args = parser.parse_args(argv)
   if args.seeds < 1 or args.images < FEWEST:
     parser.error(f'--seeds needs to be 1 or more, --images {FEWEST} or more.')
-  make_cache_dir()
-  jax.config.update('jax_compilation_cache_dir', str(cache_dir() / 'jax'))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+  keep_programs()
   lab = Lab(args.folder or cache_dir() / 'ablation', args.images)
   judge, network = lab.judge, lab.train.program(config_of(Row(''), args.images))
   shapes = jax.tree.leaves(network.model.abstract_params())

@@ -21,7 +21,6 @@ BEGUN = time.monotonic()
 import dataclasses
 import json
 import math
-import os
 import pathlib
 import shutil
 import statistics
@@ -41,7 +40,7 @@ from data import cifar, datasets
 from features import extract, weights
 from runtime import files
 from runtime.clock import Clock, PieceOver, stoppable
-from runtime.devices import divide_cpu, local_rows
+from runtime.devices import divide_cpu, keep_programs, local_rows
 from runtime.locks import lock
 from runtime.progress import duration, say
 
@@ -406,12 +405,7 @@ def main(argv):
     compared(config)  # Checks --guidance.
     if not FLAGS.fetch_data:
       check_files(config)
-    files.make_cache_dir()
-    if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-      cache = str(files.cache_dir() / 'jax')
-      jax.config.update('jax_compilation_cache_dir', cache)
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
-    jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+    keep_programs()
     divide_cpu(config.training.batch_size, config.eval.batch_size)
     workdir = pathlib.Path(FLAGS.workdir).expanduser().absolute()
     (prepare if FLAGS.prepare else run)(config, workdir)

@@ -11,9 +11,21 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from runtime.files import cache_dir, make_cache_dir
+
 # The program of a CPU device costs more than a few examples save, and each
 # device has its own copy of the parameters.
 FEWEST_EXAMPLES, MOST_CPU_DEVICES = 8, 8
+
+
+def keep_programs() -> None:
+  """Keep compiled programs in the cache folder, or where JAX is told to."""
+  make_cache_dir()
+  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    jax.config.update('jax_compilation_cache_dir', str(cache_dir() / 'jax'))
+  # Programs that compile quickly are kept as well.
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+  jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 
 def num_cores() -> int:
