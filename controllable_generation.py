@@ -1024,7 +1024,47 @@ def _solve(matrix, b, *, tol=1e-5, max_steps=50):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PiGDM(DenoisedGuidance):
+class GaussianGuidance(DenoisedGuidance):
+  """Base of methods with p(x_0 | x) = N(x0_hat, V), V = level^2 S.
+
+      grad log p_t(y | x) = J^T A^T (A V A^T + noise_std^2 I)^-1 (y - A x0_hat)
+
+  J is the Jacobian of x0_hat. A nonlinear A is linearised at x0_hat. The
+  equations are solved by at most `max_steps` steps of conjugate gradients.
+  """
+
+  max_steps: ClassVar[int] = 50
+
+  @abc.abstractmethod
+  def level2(self, alpha, sigma):
+    """Return level^2 [B]; divided by it, V has a size free of t."""
+
+  @abc.abstractmethod
+  def spread(self, alpha, pull_back, v):
+    """Return S v for v [B, ...]; pull_back(v) is (J^T v,)."""
+
+  def __call__(self, score_fn, sde, *, operator, y):
+    def guided(x, t):
+      denoised = _denoiser(score_fn, sde, t)
+      x0_hat, pull_back, score = jax.vjp(denoised, x, has_aux=True)
+      y_hat, linear = jax.linearize(operator, x0_hat)
+      adjoint = transpose(linear, x.shape)
+      alpha, sigma = sde.marginal(t)
+      level2 = sde_lib.expand(self.level2(alpha, sigma), y)
+
+      def covariance(v):
+        image = linear(self.spread(alpha, pull_back, adjoint(v)))
+        return image + self.noise_std**2 / level2 * v
+
+      u = _solve(covariance, (y - y_hat) / level2, max_steps=self.max_steps)
+      gradient = pull_back(adjoint(u))[0]
+      return score + self.scale * self.weight(sde, x, t) * gradient
+
+    return guided
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PiGDM(GaussianGuidance):
   """Guide by the pseudo-inverse of A (Song et al. 2023, "PiGDM", Eq. 7).
 
   p(x_0 | x) = N(x0_hat, r^2 I), so p_t(y | x) = N(A x0_hat, r^2 A A^T +
@@ -1045,25 +1085,15 @@ class PiGDM(DenoisedGuidance):
     0.5, 'Standard deviation of the data that is assumed.', '(0, inf)'
   )
 
-  def __call__(self, score_fn, sde, *, operator, y):
-    def guided(x, t):
-      denoised = _denoiser(score_fn, sde, t)
-      x0_hat, pull_back, score = jax.vjp(denoised, x, has_aux=True)
-      y_hat, linear = jax.linearize(operator, x0_hat)
-      adjoint = transpose(linear, x.shape)
-      alpha, sigma = sde.marginal(t)
-      r2 = sde_lib.expand(1 / (self.data_std**-2 + (alpha / sigma) ** 2), y)
-      # Divided by r^2, the covariance has a size that does not depend on t.
-      covariance = lambda v: linear(adjoint(v)) + self.noise_std**2 / r2 * v
-      u = _solve(covariance, (y - y_hat) / r2)
-      gradient = pull_back(adjoint(u))[0]
-      return score + self.scale * self.weight(sde, x, t) * gradient
+  def level2(self, alpha, sigma):
+    return 1 / (self.data_std**-2 + (alpha / sigma) ** 2)
 
-    return guided
+  def spread(self, alpha, pull_back, v):
+    return v
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MMPS(DenoisedGuidance):
+class MMPS(GaussianGuidance):
   """Match the moments of p(x_0 | x) (Rozet et al. 2024, arXiv 2405.13712).
 
   p(x_0 | x) = N(x0_hat, V) with the covariance V = sigma^2 / alpha J, where J
@@ -1091,28 +1121,15 @@ class MMPS(DenoisedGuidance):
     '[1, 1000]',
   )
 
-  def __call__(self, score_fn, sde, *, operator, y):
-    def guided(x, t):
-      denoised = _denoiser(score_fn, sde, t)
-      x0_hat, pull_back, score = jax.vjp(denoised, x, has_aux=True)
-      y_hat, linear = jax.linearize(operator, x0_hat)
-      adjoint = transpose(linear, x.shape)
-      alpha, sigma = sde.marginal(t)
-      level2, alpha = (
-        sde_lib.expand((sigma / alpha) ** 2, y),
-        sde_lib.expand(alpha, x),
-      )
+  @property
+  def max_steps(self):
+    return self.cg_steps
 
-      # Divided by (sigma / alpha)^2, the size does not depend on t.
-      def covariance(v):
-        spread = alpha * pull_back(adjoint(v))[0]
-        return linear(spread) + self.noise_std**2 / level2 * v
+  def level2(self, alpha, sigma):
+    return (sigma / alpha) ** 2
 
-      u = _solve(covariance, (y - y_hat) / level2, max_steps=self.cg_steps)
-      gradient = pull_back(adjoint(u))[0]
-      return score + self.scale * self.weight(sde, x, t) * gradient
-
-    return guided
+  def spread(self, alpha, pull_back, v):
+    return sde_lib.expand(alpha, v) * pull_back(v)[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
