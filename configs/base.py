@@ -262,6 +262,12 @@ def annealed(num_scales, *, snr, steps):
 # ----------------------------------------------------------------- datasets
 
 
+def digits(config):
+  """Handwritten digits, which are other signs when they are mirrored."""
+  config.data.update(dataset='digits', image_size=8, num_channels=1)
+  config.data.random_flip = False
+
+
 def cifar10(config):
   config.data.update(dataset='cifar10', image_size=32)
 

@@ -3,7 +3,7 @@
 python -m benchmarks.dry_run --workdir D --minutes 8
 """
 
-from configs.base import compose, conditional, ddpmpp, edm, vp
+from configs.base import compose, conditional, ddpmpp, digits, edm, vp
 
 
 def get_config():
@@ -12,11 +12,8 @@ def get_config():
     ddpmpp,
     edm,
     conditional(10),
+    digits,
     {
-      'data.dataset': 'digits',
-      'data.image_size': 8,
-      'data.num_channels': 1,
-      'data.random_flip': False,
       'data.on_device': True,
       'model.nf': 24,
       'model.ch_mult': (1, 2),

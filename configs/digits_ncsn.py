@@ -3,7 +3,7 @@
 python main.py --mode train --workdir W --config configs/digits_ncsn.py
 """
 
-from configs.base import annealed, compose, ncsn, ve
+from configs.base import annealed, compose, digits, ncsn, ve
 
 
 def get_config():
@@ -11,11 +11,8 @@ def get_config():
     ve,
     ncsn,
     annealed(10, snr=0.316, steps=100),
+    digits,
     {
-      'data.dataset': 'digits',
-      'data.image_size': 8,
-      'data.num_channels': 1,
-      'data.random_flip': False,
       'sde.sigma_max': 1.0,
       'model.nf': 32,
       'training.batch_size': 64,

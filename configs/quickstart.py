@@ -3,18 +3,15 @@
 python main.py --mode train --workdir W --config configs/quickstart.py
 """
 
-from configs.base import compose, ddpmpp, vp
+from configs.base import compose, ddpmpp, digits, vp
 
 
 def get_config():
   return compose(
     vp,
     ddpmpp,
+    digits,
     {
-      'data.dataset': 'digits',
-      'data.image_size': 8,
-      'data.num_channels': 1,
-      'data.random_flip': False,
       'model.nf': 24,
       'model.ch_mult': (1, 2),
       'model.num_res_blocks': 1,
