@@ -619,8 +619,9 @@ def stored_images(path, split):
 def files_below(root):
   """Return (images, others): sorted paths, relative to a folder, of all files.
 
-  Hidden files and folders, and folders that begin with two underscores, are
-  left out. Symbolic links are followed.
+  Others are files with other suffixes and PNG files with 16 bits, of which
+  only the upper 8 could be kept. Hidden files and folders, and folders that
+  begin with two underscores, are in neither. Symbolic links are followed.
 
   Raises:
     OSError: a folder cannot be read.
@@ -642,9 +643,23 @@ def files_below(root):
       for name in names
       if not name.startswith('.')
     ]
-  is_image = lambda file: file.name.lower().endswith(IMAGE_SUFFIXES)
-  images = sorted(file for file in files if is_image(file))
-  return images, sorted(file for file in files if not is_image(file))
+  is_image = lambda file: (
+    file.name.lower().endswith(IMAGE_SUFFIXES) and not _has_16_bits(root / file)
+  )
+  images = set(filter(is_image, files))
+  return sorted(images), sorted(set(files) - images)
+
+
+def _has_16_bits(path):
+  """Return whether a file is a PNG with 16 bits, as its header says."""
+  if path.suffix.lower() != '.png':
+    return False
+  try:
+    with path.open('rb') as file:
+      header = file.read(25)
+  except OSError:  # Whoever reads the whole file says so.
+    return False
+  return header.startswith(b'\x89PNG') and header[24:] == b'\x10'
 
 
 def image_files(root):
@@ -653,12 +668,17 @@ def image_files(root):
 
 
 def left_out(others):
-  """Return notes about files that are not read because of their suffix."""
-  counts = collections.Counter(
-    file.suffix.lower() or 'without a suffix' for file in others
-  )
+  """Return notes about the files that `files_below` calls others."""
+
+  def kind(file):
+    suffix = file.suffix.lower()
+    deep = '16-bit ' if suffix in IMAGE_SUFFIXES else ''
+    return deep + suffix or 'without a suffix'
+
+  counts = collections.Counter(map(kind, others))
   if not counts:
     return []
   found = ', '.join(f'{n} {suffix}' for suffix, n in counts.most_common(8))
   more = ', ...' if len(counts) > 8 else ''
-  return [f'Left out: {found}{more} ({", ".join(IMAGE_SUFFIXES)} are read).']
+  read = f'{", ".join(IMAGE_SUFFIXES)} with 8 bits are read'
+  return [f'Left out: {found}{more} ({read}).']

@@ -132,11 +132,12 @@ def test_what_is_left_out_is_said(root):
   for name in ('x.GIF', 'y.gif', 'z.tif', 'train/a/notes.txt', 'LICENSE'):
     (root / name).write_bytes(b'anything')
   (root / '.hidden.gif').write_bytes(b'anything')
+  Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(root / 'train/d.PNG')
   lines = datasets.describe(*load(root))
   assert lines == [
     'Data: 2 images of folder and 2 for tests; 3 classes: 0 a, 1 b, 2 c.',
-    'Left out: 2 .gif, 1 without a suffix, 1 .txt, 1 .tif '
-    '(.png, .jpg, .jpeg, .webp, .bmp are read).',
+    'Left out: 2 .gif, 1 without a suffix, 1 .txt, 1 16-bit .png, 1 .tif '
+    '(.png, .jpg, .jpeg, .webp, .bmp with 8 bits are read).',
     'Classes in one split alone: b, c.',
   ]
   fill(root, 'train')

@@ -113,15 +113,16 @@ def test_images_are_checked_once(tmp_path, monkeypatch):
   assert len(datasets.load(c, 'train')) == 18
 
 
-def test_sixteen_bit_images_are_refused(tmp_path):
+def test_sixteen_bit_images_are_left_out(tmp_path):
+  """Without two others there is nothing to train on."""
   for i in range(2):
     deep = np.full((8, 8), 40_000, np.uint16)
     Image.fromarray(deep).save(tmp_path / f'{i}.png')
-  with pytest.raises(ValueError, match='png cannot be read .* not 8 bits deep'):
+  with pytest.raises(FileNotFoundError, match='0 images.*out: 2 16-bit .png'):
     datasets.load(config('folder', tmp_path), 'train')
 
 
-def test_sixteen_bit_colours_are_refused(tmp_path):
+def test_sixteen_bit_colours_are_no_images(tmp_path):
   """PIL would read them as 8 bits without a word."""
 
   def chunk(kind, content):
@@ -135,8 +136,9 @@ def test_sixteen_bit_colours_are_refused(tmp_path):
   png += chunk(b'IDAT', rows) + chunk(b'IEND', b'')
   for i in range(2):
     (tmp_path / f'{i}.png').write_bytes(png)
+  assert sources.image_files(tmp_path) == []
   with pytest.raises(ValueError, match='png cannot be read .* not 8 bits deep'):
-    datasets.load(config('folder', tmp_path), 'train')
+    sources.decode_file(tmp_path / '0.png', size=8, channels=3)
 
 
 def test_only_formats_of_the_suffixes_are_read(tmp_path):
