@@ -19,6 +19,7 @@ that number.
 """
 
 import dataclasses
+import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -598,3 +599,105 @@ def power_spectrum(
   np.add.at(sums, shell, power)
   counts = np.bincount(shell)[: len(frequency), None]
   return frequency, sums[:-1] / counts
+
+
+# --- Out-of-distribution scores -----------------------------------------------
+
+
+class Seen(typing.NamedTuple):
+  """What a model says of examples.
+
+  Attributes:
+    nats: negative log-likelihoods [N].
+    norms: logarithms of the norms of the score at L noise levels, [N, L]; see
+      `likelihood.log_score_norms`.
+  """
+
+  nats: Real[ArrayLike, ' N']
+  norms: Real[ArrayLike, 'N L']
+
+
+def negative_likelihood(train: Seen, seen: Seen) -> Float[np.ndarray, ' N']:
+  """Return -log p(x): what is unlikely is taken to be from elsewhere."""
+  del train
+  return np.float64(seen.nats)
+
+
+def atypicality(train: Seen, seen: Seen) -> Float[np.ndarray, ' N']:
+  """Return the distance to the typical set (Nalisnick et al. 2019).
+
+      | -log p(x) - H |
+
+  H is the mean of -log p over training examples. The paper tests groups of M
+  examples; this is M = 1.
+  """
+  return np.abs(np.float64(seen.nats) - np.mean(train.nats, dtype=np.float64))
+
+
+def norms_mixture(train: Seen, seen: Seen) -> Float[np.ndarray, ' N']:
+  """Return -log q of norms of the score (Mahmood et al. 2021).
+
+  q is a mixture of Gaussians that is fitted to the norms of training examples
+  at all noise levels, with 1 to 5 components, chosen by BIC. Here it is over
+  the logarithms of the norms, standardised.
+  """
+  from sklearn.mixture import GaussianMixture
+
+  known, new = np.float64(train.norms), np.float64(seen.norms)
+  mean, std = known.mean(0), np.maximum(known.std(0), 1e-12)
+  known, new = ((v - mean) / std for v in (known, new))
+  fits = [GaussianMixture(k, random_state=0).fit(known) for k in range(1, 6)]
+  return -min(fits, key=lambda q: q.bic(known)).score_samples(new)
+
+
+# score(what is seen of training examples, of examples) -> [N]; the larger, the
+# less an example looks like the data.
+OOD_SCORES = {
+  'likelihood': negative_likelihood,
+  'typicality': atypicality,
+  'score_norms': norms_mixture,
+}
+
+
+def auroc(
+  inside: Real[ArrayLike, ' N'], outside: Real[ArrayLike, ' M']
+) -> Metric:
+  """Return the area under the receiver operating characteristic.
+
+      P(outside > inside) + P(outside = inside) / 2
+
+  The standard error is that of DeLong et al. (1988).
+
+  Args:
+    inside: scores of examples of the data, [N].
+    outside: scores of other examples, [M].
+
+  Returns:
+    The area: 0.5 if the scores do not differ, 1 if all outside are larger; its
+    count is that of the examples outside.
+
+  Raises:
+    ValueError: there are fewer than two, or a score is not finite.
+  """
+  from sklearn.metrics import roc_auc_score
+
+  inside, outside = np.float64(inside), np.float64(outside)
+  n, m = len(inside), len(outside)
+  if min(n, m) < 2:
+    raise ValueError('AUROC needs at least two examples of each set.')
+  scores = np.concatenate([inside, outside])
+  if not np.isfinite(scores).all():
+    raise ValueError('Scores of some examples are not finite.')
+
+  def below(values, others):  # Share of the others, equal ones half.
+    others = np.sort(others)
+    sides = (np.searchsorted(others, values, s) for s in ('left', 'right'))
+    return sum(sides) / (2 * len(others))
+
+  parts = below(outside, inside), below(inside, outside)
+  variance = sum(np.var(v, ddof=1) / len(v) for v in parts)
+  return Metric(
+    value=float(roc_auc_score(np.repeat([0, 1], [n, m]), scores)),
+    count=m,
+    std_error=float(np.sqrt(variance)),
+  )

@@ -542,6 +542,28 @@ class Experiment:
     error = found.std_error / likelihood.nats_per_bit(dims)
     return bits, error, found
 
+  def log_score_norms(
+    self, params: PyTree, rng: Rng, image: Data
+  ) -> Float[Array, 'B levels']:
+    """Return the logarithms of the norms of the score at ten levels, [B, 10].
+
+    The levels are evenly spaced in log SNR, from t = eval.bpd_eps to 0.95,
+    because some processes have no data left at t = 1.
+
+    Args:
+      params: parameters of the network.
+      rng: key for the dequantisation.
+      image: uint8 [B, H, W, C], or float points [B, D].
+    """
+    sde = self.sde.continuous
+    ends = sde.log_snr(jnp.array([self.config.eval.bpd_eps, 0.95]))
+    return likelihood.log_score_norms(
+      self._flow_score(params),
+      sde,
+      self.model_input(rng, image, dequantize=True),
+      sde.time(jnp.linspace(*ends, 10)),
+    )
+
   def _flow_score(self, params, condition=None):
     """Return the score in continuous time, given conditions if there are."""
     return controllable_generation.told(
@@ -728,11 +750,12 @@ def _check(model):
       ('training', 'snapshot_sampling'),
       ('eval', 'enable_sampling'),
       ('eval', 'enable_bpd'),
+      ('eval', 'ood'),
     ):
       if config[section][key]:
         raise ValueError(
           'config.model is a classifier, which has no samples or likelihood: '
-          f'set config.{section}.{key}=False.'
+          f'set config.{section}.{key}={type(config[section][key])()}.'
         )
   else:
     # With a score that costs nothing: the grid may be too coarse.

@@ -204,6 +204,31 @@ def encode(
   return ode.solve_ode(drift, x, eps, 1.0, rtol=rtol, atol=atol)
 
 
+def log_score_norms(
+  score_fn: ScoreFn, sde: sde_lib.SDE, x: State, t: Real[ArrayLike, ' L']
+) -> Float[Array, 'B L']:
+  """Return log |s(alpha x, t)| at times along the path, [B, L].
+
+  These are features of x for `evaluation.norms_mixture` (Mahmood et al. 2021).
+  alpha x is the mean of x_t given x_0 = x, so no noise is drawn.
+
+  Args:
+    score_fn: score_fn(x, t) -> score.
+    sde: the forward process.
+    x: data [B, ...] in the model's range.
+    t: times in (0, 1], [L].
+  """
+
+  def norm(t):
+    times = jnp.full(x.shape[:1], t)
+    alpha, _ = sde.marginal(times)
+    score = score_fn(sde_lib.expand(alpha, x) * x, times)
+    square = jnp.sum(score**2, axis=tuple(range(1, x.ndim)))
+    return jnp.log(jnp.maximum(square, 1e-30)) / 2
+
+  return jax.lax.map(norm, jnp.asarray(t)).T
+
+
 def interpolate(
   z0: State, z1: State, weights: Real[ArrayLike, ' K']
 ) -> Float[Array, 'K B *dims']:

@@ -113,6 +113,15 @@ class _TupleParser(flags.ArgumentParser):
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
+class _WordsParser(flags.ArgumentParser):
+  """Parses 'a,b'."""
+
+  def parse(self, argument):
+    if isinstance(argument, tuple):
+      return argument
+    return tuple(word for word in argument.split(',') if word)
+
+
 def define_overrides():
   """Define a flag --config.KEY for every key of `configs.schema`."""
   define = {
@@ -124,7 +133,8 @@ def define_overrides():
     name, wanted = f'config.{path}', key.option.type
     if key.option.table is None and isinstance(key.option.default, tuple):
       serializer = flags.ArgumentSerializer()
-      parser = _TupleParser()
+      words = wanted == tuple[str, ...]
+      parser = _WordsParser() if words else _TupleParser()
       flags.DEFINE(parser, name, None, key.option.meaning, FLAGS, serializer)
     else:
       make = define.get(wanted, flags.DEFINE_string)

@@ -28,7 +28,7 @@ import experiment
 import likelihood
 import run_lib
 from checkpoints.workdir import Checkpoints
-from commands import points, stats, trained
+from commands import ood, points, stats, trained
 from commands.trained import Run
 from configs import schema
 from data import batches, datasets
@@ -229,6 +229,11 @@ def _summary(passes, dims):
   return {'bits_per_dim': bits, 'nats': nats}
 
 
+def _bits_name(chosen):
+  """Return the beginning of the names of files of bits/dim."""
+  return f'bpd_{chosen.bpd_trace}_{chosen.bpd_probes}_{chosen.bpd_eps!r}'
+
+
 def likelihood_evaluator(model, test_set, layout) -> Evaluator:
   """Return an evaluator of bits/dim, and nats, of the test set.
 
@@ -239,7 +244,7 @@ def likelihood_evaluator(model, test_set, layout) -> Evaluator:
   probe, whose error is not known.
   """
   compute, chosen = _compile_bits(model, layout), model.config.eval
-  name = f'bpd_{chosen.bpd_trace}_{chosen.bpd_probes}_{chosen.bpd_eps!r}'
+  name = _bits_name(chosen)
   numbers = range(math.ceil(len(test_set) / chosen.batch_size))
 
   def evaluate_likelihood(run, folder):
@@ -251,6 +256,25 @@ def likelihood_evaluator(model, test_set, layout) -> Evaluator:
     return _summary(passes, math.prod(model.shape(1)))
 
   return evaluate_likelihood
+
+
+def nats_of(model, layout):
+  """Return nats(run, folder, dataset) -> [N], -log p(x) of each example.
+
+  What it computes is kept in the folder, batch by batch.
+  """
+  compute, chosen = _compile_bits(model, layout), model.config.eval
+  per_bit = likelihood.nats_per_bit(math.prod(model.shape(1)))
+
+  def nats(run, folder, dataset):
+    paths = [
+      folder / f'{_bits_name(chosen)}_{dataset.fingerprint}_{i}.npz'
+      for i in range(math.ceil(len(dataset) / chosen.batch_size))
+    ]
+    _bits_of_pass(compute, run, dataset, paths, 0)
+    return per_bit * np.concatenate([load_npz(p)['bits'] for p in paths])
+
+  return nats
 
 
 # -------------------------------------------------------------------- samples
@@ -433,6 +457,9 @@ def evaluate(config, workdir, eval_folder='eval'):
       evaluators.append(loss_evaluator(model, test_set, layout))
     if chosen.enable_bpd:
       evaluators.append(likelihood_evaluator(model, test_set, layout))
+    if chosen.ood:
+      nats = nats_of(model, layout)
+      evaluators.append(ood.evaluator(model, test_set, layout, nats))
     judge = None
     if chosen.enable_sampling and config.data.shape and not chosen.extractor:
       say(points.NO_FID)

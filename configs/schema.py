@@ -229,6 +229,14 @@ class Evaluation(Options):
   bpd_repeats: int = option(
     5, 'Passes over the test set, each dequantised anew.', POSITIVE
   )
+  ood: tuple[str, ...] = option(
+    (),
+    'Data sets that the model should tell from its own: names of data.ood.SETS '
+    'or of data sets, or paths of folders and files.',
+  )
+  ood_images: int = option(
+    1000, 'Examples of each of these sets, at most.', '[50, inf)'
+  )
   enable_sampling: bool = option(
     True, 'Whether samples are drawn and compared with the data.'
   )

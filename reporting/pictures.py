@@ -99,6 +99,27 @@ def _save_signals(path, signals, columns):
   save_figure(path, figure)
 
 
+def save_scores(path, scores):
+  """Draw histograms of scores of several sets, a panel for each score.
+
+  Args:
+    path: path of the PNG.
+    scores: {name of the score: {name of the set: values [N]}}.
+  """
+  figure, axes = _panels(len(scores), len(scores))
+  figure.set_size_inches(4 * len(scores), 3)
+  for ax, (name, of_sets) in zip(axes, scores.items(), strict=True):
+    # Far outliers would leave a single bar for all else.
+    low, high = np.quantile(np.concatenate([*of_sets.values()]), [0.01, 0.99])
+    edges = np.linspace(low, high + 1e-9, 40)
+    for label, values in of_sets.items():
+      shown = np.clip(values, low, high)
+      ax.hist(shown, edges, histtype='step', density=True, label=label)
+    ax.set(title=name, yticks=[])
+  axes[0].legend(fontsize='x-small')
+  save_figure(path, figure)
+
+
 def save_histograms(path, samples, data=None):
   """Draw histograms of each channel of samples, over those of data if given.
 
