@@ -16,7 +16,7 @@ from commands import evaluate
 from data import datasets, ood
 from tests import tiny
 
-D, N = 16, 4000
+D, N = 16, 2000
 
 
 def seen_of(x):
@@ -61,28 +61,30 @@ def test_auroc_of_gaussians(gaussians, scale, score):
   """AUROCs of scaled Gaussians; those of equal ones are 1/2.
 
   The squares of the radii are chi^2 of D degrees of freedom, so the likelihood
-  has P(F_DD > 1 / scale^2). The other scores are distances of a function of the
-  radius from its mean; their AUROCs are integrals over quantiles.
+  has P(F_DD > 1 / scale^2). The other scores are functions of the radius: its
+  distance from a mean, and -log of the density of its logarithm, to which the
+  mixture comes close. Their AUROCs are integrals over quantiles.
   """
   train, test, others = gaussians
   function = evaluation.OOD_SCORES[score]
   found = evaluation.auroc(
     function(train, test), function(train, others[scale])
   )
-  square = stats.chi2(D).ppf((np.arange(200_000) + 0.5) / 200_000)
+  law = stats.chi2(D)
+  square = law.ppf((np.arange(20_000) + 0.5) / 20_000)
   if score == 'likelihood':
     exact = stats.f(D, D).sf(1 / scale**2)
   else:
-    of = (lambda s: s) if score == 'typicality' else np.log
-    inside, outside = (
-      np.abs(of(s) - of(square).mean()) for s in (square, scale**2 * square)
-    )
-    ranks = np.searchsorted(np.sort(inside), outside)
-    exact = ranks.mean() / len(inside)
-  # A mixture of several Gaussians is no distance from the mean exactly.
+    of = {
+      'typicality': lambda s: np.abs(s - D),
+      'score_norms': lambda s: -law.logpdf(s) - np.log(s),
+    }[score]
+    inside, outside = np.sort(of(square)), of(scale**2 * square)
+    exact = np.searchsorted(inside, outside).mean() / len(inside)
+  # The mixture is fitted to a sample.
   slack = 0.02 if score == 'score_norms' else 0.0
   assert abs(found.value - exact) < 4 * found.std_error + slack
-  assert 0.003 < found.std_error < 0.01
+  assert 0.003 < found.std_error < 0.02
   if scale == 1:
     assert abs(found.value - 0.5) < 4 * found.std_error
 
