@@ -1,6 +1,5 @@
 """Out-of-distribution scores: closed forms, sets, and the whole command."""
 
-import json
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +9,7 @@ from scipy import stats
 import evaluation
 import experiment
 import likelihood
-import run_lib
 import sde_lib
-from commands import evaluate
 from data import datasets, ood
 from tests import tiny
 
@@ -91,14 +88,14 @@ def test_auroc_of_gaussians(gaussians, scale, score):
 
 def test_auroc_by_hand():
   """Ties count one half; the error is DeLong's, from two variances."""
-  found = evaluation.auroc([0.0, 1.0], [1.0, 2.0])
+  found = evaluation.auroc(np.array([0.0, 1.0]), np.array([1.0, 2.0]))
   assert found.value == 3.5 / 4
   # Shares of pairs: outside (3/4, 1), inside (1, 3/4); each variance is 1/32.
   assert np.isclose(found.std_error, np.sqrt(2 * (1 / 32) / 2))
   with pytest.raises(ValueError, match='two examples'):
-    evaluation.auroc([0.0], [1.0, 2.0])
+    evaluation.auroc(np.array([0.0]), np.array([1.0, 2.0]))
   with pytest.raises(ValueError, match='not finite'):
-    evaluation.auroc([0.0, np.nan], [1.0, 2.0])
+    evaluation.auroc(np.array([0.0, np.nan]), np.array([1.0, 2.0]))
 
 
 def test_std_error_is_the_spread_of_repetitions():
