@@ -1,5 +1,6 @@
 """Out-of-distribution scores: closed forms, sets, and the whole command."""
 
+import json
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,9 @@ from scipy import stats
 import evaluation
 import experiment
 import likelihood
+import run_lib
 import sde_lib
+from commands import evaluate
 from data import datasets, ood
 from tests import tiny
 
@@ -138,7 +141,7 @@ def test_sets_of_points():
   assert np.allclose(x + y, 2 * mean, atol=1e-5)
   y = ood.load(data, 'noised', test, 4000).fetch(range(4000))
   assert np.allclose(y.std(0) / x.std(0), np.sqrt(1.25), rtol=0.1)
-  assert len(ood.load(data, 'checkerboard', test, 200)) == 200
+  assert len(ood.load(data, 'toy/checkerboard', test, 200)) == 200
 
 
 def test_bad_sets(tmp_path):
@@ -146,10 +149,30 @@ def test_bad_sets(tmp_path):
   np.save(tmp_path / 'few.npy', test.fetch(range(20)))
   for name, text in {
     'rotatd': "did you mean 'rotated'",
-    'rings': 'neither a path',
+    'toy/rings': 'neither a path',
     'digits': 'neither a path',
     str(tmp_path / 'none.npz'): 'neither a path',
     str(tmp_path / 'few.npy'): 'at least 50 examples',
   }.items():
     with pytest.raises((ValueError, FileNotFoundError), match=text):
       ood.load(data, name, test, 100)
+
+
+def test_command(tmp_path):
+  """A run of points is told from another set; the same set is not."""
+  config = tiny.points()
+  config.training.n_iters = 4
+  config.eval.update(enable_sampling=False, enable_loss=False, ood_images=60)
+  config.eval.update(batch_size=64, ood=('noised', 'toy/checkerboard'))
+  config.sampling.update(rtol=1e-1, atol=1e-1)
+  run_lib.train(config, tmp_path)
+  evaluate.evaluate(config, tmp_path)
+  (result,) = json.loads((tmp_path / 'eval/results.json').read_text())
+  names = {
+    f'auroc_{score}_{name}'
+    for score in evaluation.OOD_SCORES
+    for name in ('noised', 'checkerboard')
+  }
+  assert names <= set(result)
+  assert all(0 <= result[name]['value'] <= 1 for name in names)
+  assert [*(tmp_path / 'eval').glob('step_4-*/ood.png')]
