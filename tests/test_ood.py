@@ -158,6 +158,7 @@ def test_bad_sets(tmp_path):
       ood.load(data, name, test, 100)
 
 
+@pytest.mark.slow
 def test_command(tmp_path):
   """A run of points is told from another set; the same set is not."""
   config = tiny.points()
