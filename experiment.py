@@ -553,7 +553,7 @@ class Experiment:
     Args:
       params: parameters of the network.
       rng: key for the dequantisation.
-      image: uint8 [B, H, W, C], or float points [B, D].
+      image: uint8 [B, H, W, C], or float [B, *space, C].
     """
     sde = self.sde.continuous
     ends = sde.log_snr(jnp.array([self.config.eval.bpd_eps, 0.95]))
@@ -743,6 +743,11 @@ def _check(model):
       'ddpm, or data.augment=0.'
     )
   _check_condition(model)
+  if config.eval.ood and (model.is_classifier or model.condition):
+    raise ValueError(
+      f'config.eval.ood={tuple(config.eval.ood)!r} needs a network of p(x), '
+      'not a classifier or one that is told conditions: leave it empty.'
+    )
   _trace_network(model)
   _check_times(model)
   if model.is_classifier:
@@ -750,12 +755,11 @@ def _check(model):
       ('training', 'snapshot_sampling'),
       ('eval', 'enable_sampling'),
       ('eval', 'enable_bpd'),
-      ('eval', 'ood'),
     ):
       if config[section][key]:
         raise ValueError(
           'config.model is a classifier, which has no samples or likelihood: '
-          f'set config.{section}.{key}={type(config[section][key])()}.'
+          f'set config.{section}.{key}=False.'
         )
   else:
     # With a score that costs nothing: the grid may be too coarse.

@@ -32,6 +32,7 @@ from commands import ood, points, stats, trained
 from commands.trained import Run
 from configs import schema
 from data import batches, datasets
+from data import ood as other_sets
 from features import extract as extracting
 from features.statistics import ReferenceStats
 from reporting import pictures, results
@@ -205,6 +206,12 @@ def _bits_of_pass(compute, run, test_set, paths, repeat):
   barrier('bits')
 
 
+UNITS = (
+  'minus the log-density of an example, in units of the data (of images: grey '
+  'levels).'
+)
+
+
 def _summary(passes, dims):
   """Return {'bits_per_dim': .., 'nats': ..} of the batches of each pass."""
   bits = [np.concatenate([part['bits'] for part in parts]) for parts in passes]
@@ -222,7 +229,7 @@ def _summary(passes, dims):
     'repeats': len(passes),
     'nfe': float(np.mean([float(part['nfe']) for part in parts])),
   }
-  nats = dict(bits)
+  nats = bits | {'note': UNITS}
   for key in ('value', 'std_error', 'probe_error'):
     if bits[key] is not None:
       nats[key] = bits[key] * likelihood.nats_per_bit(dims)
@@ -452,14 +459,15 @@ def evaluate(config, workdir, eval_folder='eval'):
     experiment.claim(config, workdir, write=False)
     test_set = datasets.load(config.data, 'test')
     experiment.check_conditions(model, test_set)
+    elsewhere = other_sets.load(config.data, chosen, test_set)
     facts, evaluators, judged_by = trained.facts(config), [], ''
     if chosen.enable_loss:
       evaluators.append(loss_evaluator(model, test_set, layout))
     if chosen.enable_bpd:
       evaluators.append(likelihood_evaluator(model, test_set, layout))
-    if chosen.ood:
+    if elsewhere:
       nats = nats_of(model, layout)
-      evaluators.append(ood.evaluator(model, test_set, layout, nats))
+      evaluators.append(ood.evaluator(model, elsewhere, layout, nats))
     judge = None
     if chosen.enable_sampling and config.data.shape and not chosen.extractor:
       say(points.NO_FID)
@@ -562,7 +570,7 @@ def _evaluate_arrays(config, workdir, path, out):
   """Score user-supplied arrays against the test set; see `evaluate_images`."""
   model, path = experiment.build(config), pathlib.Path(path).expanduser()
   x, fingerprint = datasets.user_arrays(config.data, path)
-  test = points.some_of(
+  test = batches.some_of(
     datasets.load(config.data, 'test'), max(len(x), points.COMPARED)
   )
   result = {'images': str(path), 'count': len(x), 'fingerprint': fingerprint}

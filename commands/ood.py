@@ -1,8 +1,6 @@
 """Evaluation of how well a model tells other data from its own."""
 
-import collections
 import dataclasses
-import pathlib
 
 import jax
 import numpy as np
@@ -10,8 +8,6 @@ from jax.experimental import multihost_utils
 
 import evaluation
 import run_lib
-from data import datasets
-from data import ood as sets
 from reporting import pictures
 from runtime.progress import say
 
@@ -37,19 +33,7 @@ def _log_norms(model, layout):
   return norms
 
 
-def _named(chosen):
-  """Return {short name: set} of config.eval.ood."""
-  short = [s if s in sets.SETS else pathlib.Path(s).stem for s in chosen]
-  twice = [s for s, n in collections.Counter([*short, 'test']).items() if n > 1]
-  if twice:
-    raise ValueError(
-      f'config.eval.ood: two sets have the name {twice[0]!r} in the results; '
-      "rename one ('test' is the test set)."
-    )
-  return dict(zip(short, chosen, strict=True))
-
-
-def evaluator(model, test_set, layout, nats):
+def evaluator(model, sets, layout, nats):
   """Return an evaluator of AUROCs of all sets of config.eval.ood.
 
   A metric 'auroc_SCORE_SET' is that of a score of `evaluation.OOD_SCORES`,
@@ -57,38 +41,24 @@ def evaluator(model, test_set, layout, nats):
 
   Args:
     model: the Experiment.
-    test_set: Dataset of test examples.
+    sets: what `data.ood.load` returns.
     layout: where arrays live.
     nats: function of (run, folder, dataset) that returns -log p(x), [N].
-
-  Raises:
-    ValueError, FileNotFoundError: a set cannot be used.
   """
-  config, count = model.config, model.config.eval.ood_images
-  if model.condition:
-    raise ValueError(
-      'config.eval.ood scores p(x), but the network is told conditions: leave '
-      'it empty.'
-    )
-  others = {'test': sets.some_of(test_set, count)} | {
-    short: sets.load(config.data, name, test_set, count)
-    for short, name in _named(config.eval.ood).items()
-  }
-  train = sets.some_of(datasets.load(config.data, 'train'), count)
   norms = _log_norms(model, layout)
 
   def evaluate_ood(run, folder):
-    def see(dataset):
+    seen = {}
+    for name, dataset in sets.items():
       of_score = norms(run, dataset)
       if not np.isfinite(of_score).all():
         raise FloatingPointError(
-          f'The score of some examples of {dataset.name} is not finite.'
+          f'The score of some examples of {name!r} is not finite.'
         )
-      return evaluation.Seen(nats(run, folder, dataset), of_score)
-
-    known, seen = see(train), {name: see(v) for name, v in others.items()}
+      seen[name] = evaluation.Seen(nats(run, folder, dataset), of_score)
+    train = seen.pop('train')
     scores = {
-      score: {name: function(known, v) for name, v in seen.items()}
+      score: {name: function(train, v) for name, v in seen.items()}
       for score, function in evaluation.OOD_SCORES.items()
     }
     if jax.process_index() == 0:
@@ -96,10 +66,10 @@ def evaluator(model, test_set, layout, nats):
       say(f'Histograms of scores are in {folder}/ood.png.')
     return {
       f'auroc_{score}_{name}': dataclasses.asdict(
-        evaluation.auroc(of_sets['test'], of_sets[name])
+        evaluation.auroc(of_sets['test'], values)
       )
       for score, of_sets in scores.items()
-      for name in others
+      for name, values in of_sets.items()
       if name != 'test'
     }
 

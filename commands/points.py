@@ -50,14 +50,6 @@ def distances(model, x, test):
   return metrics
 
 
-def some_of(dataset, count):
-  """Return `count` examples of a data set, a fixed random subset, or all."""
-  order = np.arange(len(dataset))
-  if count < len(dataset):
-    order = np.sort(batches.permutation(len(dataset), 0, 0)[:count])
-  return dataset.fetch(order)
-
-
 def _draw(run, count, dataset):
   """Return (points [count, 2], NFE)."""
   size = run.model.config.eval.batch_size
@@ -113,7 +105,7 @@ def evaluator(dataset, judge=None):
   def evaluate_points(run, folder):
     model, config = run.model, run.model.config
     count = config.eval.num_samples
-    test = some_of(dataset, max(count, COMPARED))
+    test = batches.some_of(dataset, max(count, COMPARED))
     law = toy.DISTRIBUTIONS.get(config.data.dataset)
     x, nfe = _draw(run, count, dataset)
     metrics = distances(model, x, test)
@@ -122,7 +114,8 @@ def evaluator(dataset, judge=None):
     if law:
       fresh, more = _truth(law, test, count)
     else:
-      fresh, more = some_of(datasets.load(config.data, 'train'), count), {}
+      train = datasets.load(config.data, 'train')
+      fresh, more = batches.some_of(train, count), {}
     true = distances(model, fresh, test)
     metrics |= {f'true_{k}': v for k, v in true.items()} | more
     if jax.process_index() == 0:

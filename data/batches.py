@@ -76,6 +76,14 @@ def permutation(size, seed, epoch):
   return order
 
 
+def some_of(dataset, count):
+  """Return `count` examples of a data set, a fixed random subset, or all."""
+  order = np.arange(len(dataset))
+  if count < len(dataset):
+    order = np.sort(permutation(len(dataset), 0, 0)[:count])
+  return dataset.fetch(order)
+
+
 def _rows(batch_size, process_index, process_count):
   """Return the rows of a global batch that belong to a process."""
   if batch_size % process_count:

@@ -14,6 +14,7 @@ from data.batches import Dataset
 from runtime import options
 from runtime.files import digest
 
+KEY = 'config.eval.ood'
 # With fewer examples, an AUROC says little.
 FEWEST = 50
 NEED_PATH = {'npz', 'arrays', 'folder', 'ffhq'}
@@ -31,8 +32,8 @@ def rotated(rng, x):
     return np.rot90(x, axes=(1, 2))
   if x.shape[1:] != (2,):
     raise ValueError(
-      'config.eval.ood=rotated is for square pictures and points in the plane, '
-      f'not for data of shape {x.shape[1:]}.'
+      f'{KEY}=rotated is for square pictures and points in the plane, not for '
+      f'data of shape {x.shape[1:]}.'
     )
   mean = x.mean(0)
   return (x - mean)[:, ::-1] * np.float32([-1, 1]) + mean
@@ -64,22 +65,7 @@ def inverted(rng, x):
 SETS = {'rotated': rotated, 'noised': noised, 'inverted': inverted}
 
 
-def some_of(dataset, count):
-  """Return a Dataset of `count` examples, a fixed random subset, or of all.
-
-  Raises:
-    ValueError: there are fewer than `FEWEST`.
-  """
-  if len(dataset) < FEWEST:
-    raise ValueError(
-      f'config.eval.ood needs at least {FEWEST} examples of each set, but '
-      f'{dataset.name} has {len(dataset)}.'
-    )
-  members = batches.permutation(len(dataset), 0, 0)[:count]
-  return _held(dataset.name, dataset.fetch(np.sort(members)))
-
-
-def _held(name, x):
+def _held(x, name):
   """Return a Dataset of arrays x without labels."""
   x, labels = np.ascontiguousarray(x), np.zeros(len(x), np.int32)
   return Dataset(
@@ -89,14 +75,6 @@ def _held(name, x):
     num_classes=0,
     fingerprint=digest(x),
   )
-
-
-def _of_user(data, path):
-  """Return the Dataset of a file or folder of the user."""
-  key = 'config.eval.ood'
-  if not data.shape:
-    return datasets.user_images(data, path, key=key)
-  return _held(str(path), datasets.user_arrays(data, path, key=key)[0])
 
 
 def _others(data):
@@ -110,31 +88,61 @@ def _others(data):
   return sorted(names - {data.dataset})
 
 
-def load(data, name, test_set, count):
-  """Return a Dataset of at most `count` examples from elsewhere.
+def _found(data, name, test_set):
+  """Return the Dataset of a name or path, not yet changed if in `SETS`."""
+  path, others = pathlib.Path(name).expanduser(), _others(data)
+  if name in SETS:
+    return test_set
+  if name in others:
+    plain = {'dataset': name, 'path': '', 'mean': (), 'std': ()}
+    return datasets.load(types.SimpleNamespace(**{**data, **plain}), 'test')
+  if not path.exists():
+    hint = options.suggestion(name, [*SETS, *others])
+    raise ValueError(f'{KEY}: {name!r} is neither a path nor a set: {hint}')
+  if data.shape:
+    return _held(datasets.user_arrays(data, path, key=KEY)[0], name)
+  return datasets.user_images(data, path, key=KEY)
+
+
+def load(data, chosen, test_set):
+  """Return {name: Dataset} of all that is compared, without labels.
+
+  They are 'train' and 'test' of the run's own data, and each of config.eval.ood
+  by the last part of its path, or name.
 
   Args:
     data: section `data` of the config of the run.
-    name: of `SETS`, of a data set that needs no path, or a path.
-    test_set: Dataset that sets of `SETS` are made of.
-    count: number of examples.
+    chosen: section `eval`.
+    test_set: Dataset of test examples.
+
+  Returns:
+    Of each at most `chosen.ood_images` examples; {} if `chosen.ood` is empty.
 
   Raises:
-    ValueError, FileNotFoundError: there is no such set, or its examples have
-      another shape or are too few.
+    ValueError, FileNotFoundError: there is no such set, its examples have
+      another shape or are too few, or two have one name.
   """
-  if name in SETS:
-    some = some_of(test_set, count)
-    x = some.fetch(np.arange(len(some)))
-    return _held(name, SETS[name](np.random.default_rng(0), x))
-  path, others = pathlib.Path(name).expanduser(), _others(data)
-  if path.exists():
-    return some_of(_of_user(data, path), count)
-  if name in others:
-    plain = {'dataset': name, 'path': '', 'mean': (), 'std': ()}
-    section = types.SimpleNamespace(**{**data, **plain})
-    return some_of(datasets.load(section, 'test'), count)
-  hint = options.suggestion(name, [*SETS, *others])
-  raise ValueError(
-    f'config.eval.ood: {name!r} is neither a path nor another set: {hint}'
-  )
+  if not chosen.ood:
+    return {}
+  found = {'train': (datasets.load(data, 'train'), None)}
+  found['test'] = test_set, None
+  for name in chosen.ood:
+    short = pathlib.Path(name).stem
+    if short in found:
+      raise ValueError(
+        f'{KEY}: results would have two sets called {short!r}; rename one '
+        "('train' and 'test' are the run's own)."
+      )
+    found[short] = _found(data, name, test_set), SETS.get(name)
+  sets = {}
+  for short, (dataset, change) in found.items():
+    if len(dataset) < FEWEST:
+      raise ValueError(
+        f'{KEY} needs at least {FEWEST} examples of each set, but {short!r} '
+        f'has {len(dataset)}.'
+      )
+    x = batches.some_of(dataset, chosen.ood_images)
+    if change:
+      x = change(np.random.default_rng(0), x)
+    sets[short] = _held(x, short)
+  return sets

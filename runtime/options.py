@@ -165,9 +165,9 @@ def problem(declared_as: Option, value) -> str:
     return f'is unknown: {suggestion(value, choices)}'
   if not _fits(value, o.type):
     return f'is not of type {type_name(o.type)}; {default}'
-  if isinstance(value, str) and (wrong := not_local(value)):
-    return wrong
   for v in value if isinstance(value, (tuple, list)) else [value]:
+    if isinstance(v, str) and (wrong := not_local(v)):
+      return wrong
     if isinstance(v, numbers.Real) and not isinstance(v, bool):
       if math.isnan(v):
         return f'is not a number; {default}'

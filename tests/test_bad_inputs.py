@@ -107,6 +107,7 @@ ADDRESSES = f"""
 {RUN}export --output=gs://b/out => --output=gs://b/out
 {IMPORT}https://h/checkpoint_1 => --checkpoint=https://h/checkpoint_1
 {NPZ}gs://b/a.npz => config.data.path='gs://b/a.npz'
+{RUN}eval --config.eval.ood=noised,s3://b/a.npz => config.eval.ood
 {STATS}eval.stats_path=gs://b/s => config.eval.stats_path='gs://b/s'
 {STATS}eval.inception_path=gs://b/w => config.eval.inception_path='gs://b/w'
 {CONTROL}inpaint --config.control.images=gs://b/x => control.images='gs://b/x'
@@ -293,6 +294,16 @@ DATA = f"""
 {STATS}eval.inception_path=none.pth => none.pth
 {STATS}eval.inception_path=text.txt => text.txt
 {STATS}eval.inception_path=pickled.npz => pickled.npz
+{RUN}eval --config.eval.ood=rotatd => config.eval.ood|did you mean 'rotated'?
+{RUN}eval --config.eval.ood=toy/rings => config.eval.ood|'toy/rings'
+{RUN}eval --config.eval.ood=none.npz => config.eval.ood|'none.npz'
+{RUN}eval --config.eval.ood=text.txt => config.eval.ood|text.txt
+{RUN}eval --config.eval.ood=empty => config.eval.ood|empty
+{RUN}eval --config.eval.ood=whole.npz => 'whole' has 4|at least 50
+{RUN}eval --config.eval.ood=channels.npz => channels.npz|num_channels
+{RUN}eval --config.eval.ood=large => 0.png|data.image_size
+{RUN}eval --config.eval.ood=noised,noised => config.eval.ood|'noised'
+{RUN}eval --config.eval.ood_images=9 => config.eval.ood_images=9
 {RUN}eval --samples=none => none
 {RUN}eval --samples=empty => empty
 {RUN}eval --samples=text.txt => text.txt
@@ -424,6 +435,7 @@ CONDITIONS = f"""
 {FROM}told.npz --config.model.condition=array => 'array'|(3,)|(8, 8, 1)
 {FROM}told.npz --config.model.condition=vectors => did you mean 'vector'?
 {FROM}told.npz --config.model.name=ncsnv2 => config.model.
+--workdir=told_run --mode=eval --config.eval.ood=noised => config.eval.ood
 {TOLD}condition=none.npy => none.npy
 {TOLD}condition=text.txt => text.txt
 {TOLD}condition=wide.npy => wide.npy|(4, 5)|[N, 3]

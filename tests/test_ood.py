@@ -1,11 +1,15 @@
 """Out-of-distribution scores: closed forms, sets, and the whole command."""
 
+import dataclasses
 import json
+import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
+from sklearn.metrics import roc_auc_score
 
 import evaluation
 import experiment
@@ -13,7 +17,10 @@ import likelihood
 import run_lib
 import sde_lib
 from commands import evaluate
-from data import datasets, ood
+from commands import ood as ood_command
+from commands.trained import Run
+from data import batches, datasets, ood, toy
+from runtime.devices import make_layout
 from tests import tiny
 
 D, N = 16, 2000
@@ -92,7 +99,7 @@ def test_auroc_of_gaussians(gaussians, scale, score):
 def test_auroc_by_hand():
   """Ties count one half; the error is DeLong's, from two variances."""
   found = evaluation.auroc(np.array([0.0, 1.0]), np.array([1.0, 2.0]))
-  assert found.value == 3.5 / 4
+  assert found.value == 3.5 / 4 and found.count == 2
   # Shares of pairs: outside (3/4, 1), inside (1, 3/4); each variance is 1/32.
   assert np.isclose(found.std_error, np.sqrt(2 * (1 / 32) / 2))
   with pytest.raises(ValueError, match='two examples'):
@@ -101,79 +108,131 @@ def test_auroc_by_hand():
     evaluation.auroc(np.array([0.0, np.nan]), np.array([1.0, 2.0]))
 
 
-def test_std_error_is_the_spread_of_repetitions():
+def test_auroc_of_other_programs():
+  """With ties: scikit-learn's area, and scipy's statistic over all pairs."""
+  rng = np.random.default_rng(0)
+  inside, outside = rng.integers(0, 9, 70), rng.integers(3, 12, 50)
+  found = evaluation.auroc(inside, outside).value
+  labels = np.repeat([0, 1], [70, 50])
+  area = roc_auc_score(labels, np.concatenate([inside, outside]))
+  pairs = stats.mannwhitneyu(outside, inside).statistic / (70 * 50)
+  np.testing.assert_allclose(found, [area, pairs], rtol=1e-12)
+
+
+def test_auroc_of_shifted_gaussians():
+  """It is Phi(d / sqrt(2)), and the error is the spread of repetitions."""
   rng = np.random.default_rng(0)
   found = [
     evaluation.auroc(rng.standard_normal(60), 1 + rng.standard_normal(80))
     for _ in range(300)
   ]
-  spread = np.std([v.value for v in found])
+  values = [v.value for v in found]
+  mean, spread = np.mean(values), np.std(values)
+  assert abs(mean - stats.norm.cdf(1 / np.sqrt(2))) < 4 * spread / np.sqrt(300)
   assert abs(np.mean([v.std_error for v in found]) / spread - 1) < 0.15
 
 
-def digits():
-  return tiny.get_config().data
+def sets_of(data, count, *names):
+  """Return (examples of the test set, [those of each set])."""
+  test = datasets.load(data, 'test')
+  chosen = types.SimpleNamespace(ood=names, ood_images=count)
+  sets = [v.fetch(range(len(v))) for v in ood.load(data, chosen, test).values()]
+  assert (sets[1] == batches.some_of(test, count)).all()
+  return sets[1], sets[2:]
 
 
 def test_sets_of_images(tmp_path):
-  data, test = digits(), datasets.load(digits(), 'test')
-  every = ood.some_of(test, 100).fetch(range(100))
-  found = {
-    name: ood.load(data, name, test, 100).fetch(range(100)) for name in ood.SETS
-  }
-  assert (found['rotated'][:, 0, :, 0] == every[:, :, -1, 0]).all()
-  assert (found['inverted'] == 255 - every).all()
-  noise = np.float64(found['noised']) - every
-  assert 0.2 < noise.std() / every.std() < 0.5  # Clipping takes some of it.
-  np.save(tmp_path / 'mine.npy', every)
-  mine = ood.load(data, str(tmp_path / 'mine.npy'), test, 60)
-  assert len(mine) == 60 and mine.fetch([0]).shape == (1, 8, 8, 1)
+  data = tiny.get_config().data
+  x, (turned, noisy, negative) = sets_of(data, 100, *ood.SETS)
+  assert (turned[:, 0, :, 0] == x[:, :, -1, 0]).all()
+  assert (negative == 255 - x).all()
+  noise = np.float64(noisy) - x
+  assert 0.2 < noise.std() / x.std() < 0.5  # Clipping takes some of it.
+  np.save(tmp_path / 'mine.npy', x)
+  _, (mine,) = sets_of(data, 60, str(tmp_path / 'mine.npy'))
+  assert mine.shape == (60, 8, 8, 1) and mine.dtype == np.uint8
 
 
 def test_sets_of_points():
-  data = experiment.load_config(tiny.ROOT / 'configs/toy/rings_vp.py').data
-  test = datasets.load(data, 'test')
-  x = ood.some_of(test, 200).fetch(range(200))
+  data = tiny.points().data
+  x, sets = sets_of(data, 4000, *ood.SETS, 'toy/checkerboard')
+  turned, noisy, mirrored, board = sets
   mean = x.mean(0)
-  y = ood.load(data, 'rotated', test, 200).fetch(range(200)) - mean
-  assert np.allclose(((x - mean) * y).sum(1), 0, atol=1e-5)
-  y = ood.load(data, 'inverted', test, 200).fetch(range(200))
-  assert np.allclose(x + y, 2 * mean, atol=1e-5)
-  y = ood.load(data, 'noised', test, 4000).fetch(range(4000))
-  assert np.allclose(y.std(0) / x.std(0), np.sqrt(1.25), rtol=0.1)
-  assert len(ood.load(data, 'toy/checkerboard', test, 200)) == 200
+  inner = ((x - mean) * (turned - mean)).sum(1)
+  np.testing.assert_allclose(inner, 0, atol=1e-5)
+  np.testing.assert_allclose(x + mirrored, 2 * mean + 0 * x, atol=1e-5)
+  assert np.allclose(noisy.std(0) / x.std(0), np.sqrt(1.25), rtol=0.05)
+  assert len(board) == 4000 and board.dtype == np.float32
 
 
-def test_bad_sets(tmp_path):
-  data, test = digits(), datasets.load(digits(), 'test')
-  np.save(tmp_path / 'few.npy', test.fetch(range(20)))
-  for name, text in {
-    'rotatd': "did you mean 'rotated'",
-    'toy/rings': 'neither a path',
-    'digits': 'neither a path',
-    str(tmp_path / 'none.npz'): 'neither a path',
-    str(tmp_path / 'few.npy'): 'at least 50 examples',
-  }.items():
-    with pytest.raises((ValueError, FileNotFoundError), match=text):
-      ood.load(data, name, test, 100)
+def test_sets_of_signals(tmp_path):
+  """Noise and mirrors are per channel, in units of the data."""
+  x = np.random.default_rng(0).standard_normal((900, 8, 2))
+  np.save(tmp_path / 'x.npy', x * [1, 50] + [0, 900])
+  data = tiny.get_config(
+    data__dataset='arrays', data__path=str(tmp_path / 'x.npy'),
+    data__shape=(8, 2),
+  ).data  # fmt: skip
+  x, (noisy, mirrored) = sets_of(data, 90, 'noised', 'inverted')
+  mean, std = x.mean((0, 1)), x.std((0, 1))
+  assert np.allclose((noisy - x).std((0, 1)) / std, 0.5, rtol=0.1)
+  assert np.allclose(x + mirrored, 2 * mean + 0 * x, rtol=1e-4, atol=1e-3)
+  with pytest.raises(ValueError, match='square pictures and points'):
+    sets_of(data, 90, 'rotated')
+  np.save(tmp_path / 'long.npy', x[:, :6])
+  with pytest.raises(ValueError, match='examples of shape'):
+    sets_of(data, 90, str(tmp_path / 'long.npy'))
 
 
-@pytest.mark.slow
-def test_command(tmp_path):
-  """A run of points is told from another set; the same set is not."""
-  config = tiny.points()
-  config.training.n_iters = 4
-  config.eval.update(enable_sampling=False, enable_loss=False, ood_images=60)
-  config.eval.update(batch_size=64, ood=('noised', 'toy/checkerboard'))
-  config.sampling.update(rtol=1e-1, atol=1e-1)
-  run_lib.train(config, tmp_path)
-  evaluate.evaluate(config, tmp_path)
-  (result,) = json.loads((tmp_path / 'eval/results.json').read_text())
-  names = {
+def points(**more):
+  return tiny.points(
+    eval__ood=('noised', 'toy/checkerboard'), eval__ood_images=100,
+    eval__batch_size=64, eval__enable_sampling=False, eval__enable_loss=False,
+    **more,
+  )  # fmt: skip
+
+
+def names():
+  return {
     f'auroc_{score}_{name}'
     for score in evaluation.OOD_SCORES
     for name in ('noised', 'checkerboard')
   }
-  assert names <= set(result)
-  assert all(0 <= result[name]['value'] <= 1 for name in names)
+
+
+def test_evaluator(tmp_path):
+  """Scores of the exact density are put together as they should be."""
+  model, layout = experiment.build(points()), make_layout()
+  data, chosen = model.config.data, model.config.eval
+  sets = ood.load(data, chosen, datasets.load(data, 'test'))
+  law = toy.DISTRIBUTIONS[data.dataset]
+  exact = {
+    name: -np.asarray(law.logp(v.fetch(range(len(v)))), np.float64)
+    for name, v in sets.items()
+  }
+  nats = lambda run, folder, dataset: exact[dataset.name]
+  params = model.init_params(jax.random.key(0))
+  run = Run(model=model, workdir=tmp_path, step=0, params=params, layout=layout)
+  found = ood_command.evaluator(model, sets, layout, nats)(run, tmp_path)
+  assert set(found) == names()
+  for name in ('noised', 'checkerboard'):
+    assert found[f'auroc_likelihood_{name}']['count'] == 100
+    away = {k: abs(v - exact['train'].mean()) for k, v in exact.items()}
+    for score, of in (('likelihood', exact), ('typicality', away)):
+      area = evaluation.auroc(of['test'], of[name])
+      assert found[f'auroc_{score}_{name}'] == dataclasses.asdict(area)
+  assert found['auroc_likelihood_noised']['value'] > 0.8
+  assert (tmp_path / 'ood.png').is_file()
+
+
+@pytest.mark.slow
+def test_command(tmp_path, capsys):
+  """The whole command on a run of points."""
+  config = points(training__n_iters=4, sampling__rtol=0.1, sampling__atol=0.1)
+  run_lib.train(config, tmp_path)
+  evaluate.evaluate(config, tmp_path)
+  (result,) = json.loads((tmp_path / 'eval/results.json').read_text())
+  assert names() <= set(result)
+  assert all(0 <= result[name]['value'] <= 1 for name in names())
   assert [*(tmp_path / 'eval').glob('step_4-*/ood.png')]
+  assert 'auroc_typicality_checkerboard' in capsys.readouterr().out
