@@ -297,7 +297,7 @@ DATA = f"""
 {RUN}eval --config.eval.ood=rotatd => config.eval.ood|did you mean 'rotated'?
 {RUN}eval --config.eval.ood=toy/rings => config.eval.ood|'toy/rings'
 {RUN}eval --config.eval.ood=none.npz => config.eval.ood|'none.npz'
-{RUN}eval --config.eval.ood=text.txt => config.eval.ood|text.txt
+{RUN}eval --config.eval.ood=text.txt => text.txt
 {RUN}eval --config.eval.ood=empty => config.eval.ood|empty
 {RUN}eval --config.eval.ood=whole.npz => 'whole' has 4|at least 50
 {RUN}eval --config.eval.ood=channels.npz => channels.npz|num_channels
