@@ -1,0 +1,69 @@
+"""Exact posteriors, classifier and ranks; the example at reduced size."""
+
+import pathlib
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from examples import inference
+from runtime.files import load_npz
+
+
+@pytest.mark.parametrize('name', inference.TASKS)
+def test_exact_posteriors_are_calibrated(name):
+  """Simulator and exact posterior agree, and a narrower one is found out."""
+  task, rng = inference.TASKS[name], np.random.default_rng(0)
+
+  def narrower(rng, x, count):
+    samples = task.exact(rng, x, count)
+    mean = samples.mean(1, keepdims=True)
+    return mean + 0.6 * (samples - mean)
+
+  least = lambda u: min(stats.kstest(v, 'uniform').pvalue for v in u.T)
+  assert least(inference.ranks(task, task.exact, rng, 2000)) > 1e-3
+  assert least(inference.ranks(task, narrower, rng, 2000)) < 1e-6
+
+
+def test_two_moons_are_where_the_simulator_puts_them():
+  """Exact samples of one x, against simulations near it (rejection)."""
+  task, rng = inference.TASKS['two_moons'], np.random.default_rng(1)
+  theta = task.prior(rng, 400_000)
+  x = task.simulate(rng, theta)
+  near = theta[np.linalg.norm(x, axis=1) < 0.02]
+  exact = task.exact(rng, np.zeros((1, 2)), 2000)[0]
+  assert len(near) > 80
+  for axis in ([1, 1], [1, -1], [1, 0]):
+    assert stats.ks_2samp(near @ axis, exact @ axis).pvalue > 1e-3, axis
+
+
+def test_classifier():
+  """Of N(0, 1) and N(d, 1) the best is right with probability Phi(d / 2)."""
+  x, y = np.random.default_rng(2).normal(size=(2, 1000, 1))
+  for shift in (0.0, 2.0):
+    found = inference.c2st(x, y + shift)
+    assert abs(found - stats.norm.cdf(shift / 2)) < 0.04, shift
+
+
+def test_reduced(tmp_path):
+  """Learned posteriors are closer to the exact ones than priors are."""
+  found = inference.main(
+    f'--workdir {tmp_path} --simulations 1000 --steps 300 --observations 2 '
+    '--samples 200 --pairs 20'.split()
+  )
+  assert (tmp_path / 'inference.png').read_bytes().startswith(b'\x89PNG')
+  assert (tmp_path / 'inference.json').is_file()
+  for name, task in inference.TASKS.items():
+    data = load_npz(tmp_path / name / 'simulations.npz')
+    assert data['points'].shape[0] == 1000
+    rng = np.random.default_rng(3)
+    x = task.simulate(rng, task.prior(rng, 2))
+    prior = task.prior(rng, 200)
+    far = np.mean([inference.c2st(v, prior) for v in task.exact(rng, x, 200)])
+    assert found[name]['c2st'] < far - 0.1, name
+    assert found[name]['c2st_of_exact'] < 0.6
+
+
+def test_it_is_short():
+  lines = pathlib.Path(inference.__file__).read_text().splitlines()
+  assert len(lines) <= 150
