@@ -5,13 +5,9 @@ r"""Infer the parameters of simulators from what they return, and check it.
 A network that is told an observation x learns the score of the posterior
 p(theta | x) from simulated pairs alone (Geffner et al. 2023; Sharrock et al.
 2024): theta are data [N, D], x vector conditions [N, K]. The ODE draws samples.
-The exact posterior of both tasks is known (Lueckmann et al. 2021):
-
+The exact posterior of both tasks is known (Lueckmann et al. 2021).
 - c2st: accuracy of a classifier of learned and exact samples; 0.5 is perfect;
-- ranks of the true theta among samples of p(theta | x): uniform if all
-  posteriors are right (simulation-based calibration, Talts et al. 2018).
-
-W/inference.png shows samples and ranks, W/inference.json has the numbers.
+- ranks of true theta among samples of p(theta | x): uniform, if calibrated.
 """
 
 import argparse
@@ -20,8 +16,7 @@ import pathlib
 import jax
 import numpy as np
 from scipy import stats
-from sklearn.model_selection import KFold, cross_val_score
-from sklearn.neural_network import MLPClassifier
+from sklearn import model_selection, neural_network
 
 import experiment
 import run_lib
@@ -29,7 +24,8 @@ from configs import base
 from reporting import plane
 from runtime.files import save_npz, write_json
 
-ROOT2 = np.sqrt(2)
+ROTATION = np.array([[1, -1], [1, 1]]) / np.sqrt(2)
+SIZES = {'simulations': 10_000, 'steps': 4000, 'samples': 1000, 'pairs': 300}
 
 
 # Tasks: `exact` returns samples of the posterior of each x, [n, count, D].
@@ -43,8 +39,7 @@ class GaussianLinear:
     return theta + np.sqrt(0.1) * rng.normal(size=theta.shape)
 
   def exact(self, rng, x, count):
-    z = rng.normal(size=(len(x), count, 10))
-    return x[:, None] / 2 + np.sqrt(0.05) * z
+    return x[:, None] / 2 + 0.05**0.5 * rng.normal(size=(len(x), count, 10))
 
 
 class TwoMoons:
@@ -54,43 +49,40 @@ class TwoMoons:
     return rng.uniform(-1, 1, (n, 2))
 
   def crescent(self, rng, n):
-    angle = rng.uniform(-np.pi / 2, np.pi / 2, n)
-    radius = rng.normal(0.1, 0.01, n)
+    angle, radius = np.pi * rng.uniform(-0.5, 0.5, n), rng.normal(0.1, 0.01, n)
     return radius * np.cos(angle) + 0.25, radius * np.sin(angle)
 
   def simulate(self, rng, theta):
     a, b = self.crescent(rng, len(theta))
-    total, difference = theta.sum(1) / ROOT2, np.diff(theta)[:, 0] / ROOT2
-    return np.stack([a - abs(total), b + difference], axis=1)
+    u = theta @ ROTATION
+    return np.stack([a - abs(u[:, 0]), b + u[:, 1]], axis=1)
 
   def exact(self, rng, x, count):
-    # Two theta belong to x and a point of the crescent, with equal volumes, and
-    # the prior is flat: solutions in its square are samples of the posterior.
+    # The theta of x and points of the crescent, if in the square of the prior.
     samples = np.full((len(x), count, 2), np.inf)
-    while (missing := np.any(abs(samples) > 1, axis=2)).any():
-      row = np.nonzero(missing)[0]
+    while len(row := np.nonzero(missing := (abs(samples) > 1).any(2))[0]):
       a, b = self.crescent(rng, len(row))
-      size, difference = a - x[row, 0], x[row, 1] - b
-      total = rng.choice([-1, 1], len(row)) * np.where(size < 0, np.inf, size)
-      theta = np.stack([total - difference, total + difference], 1) / ROOT2
-      samples[missing] = theta
+      size = np.where(a < x[row, 0], np.inf, a - x[row, 0])
+      u = np.stack([rng.choice([-1, 1], len(row)) * size, x[row, 1] - b], 1)
+      samples[missing] = u @ ROTATION.T
     return samples
 
 
 TASKS = {'two_moons': TwoMoons(), 'gaussian_linear': GaussianLinear()}
 
 
-def learn(task, folder, rng, simulations, steps):
+def learn(task, folder, rng, args):
   """Train on simulations; return posterior(rng, x, count), as `exact` is."""
-  theta, path = task.prior(rng, simulations), folder / 'simulations.npz'
+  folder.mkdir(parents=True, exist_ok=True)
+  theta, path = task.prior(rng, args.simulations), folder / 'simulations.npz'
   save_npz(path, points=theta, condition=task.simulate(rng, theta))
   config = base.compose(base.vp, base.mlp, base.arrays(str(path)), {
     'model.condition': 'vector', 'model.nf': 128, 'training.batch_size': 512,
-    'training.n_iters': steps, 'training.n_jitted_steps': 100,
+    'training.n_iters': args.steps, 'training.n_jitted_steps': 50,
     'training.ema_rate': 0.995, 'training.snapshot_sampling': False,
     'optim.lr': 2e-3, 'optim.warmup': 100, 'optim.schedule': 'cosine',
-    'sampling.method': 'ode', 'sampling.eps': 1e-5, 'sampling.rtol': 1e-3,
-    'sampling.atol': 1e-3, 'sampling.final_denoise': False,
+    'sampling.method': 'ode', 'sampling.eps': 1e-5,
+    'sampling.rtol': 1e-3, 'sampling.atol': 1e-3,
   })  # fmt: skip
   run_lib.train(config, folder / 'run')
   model, params = experiment.load(folder / 'run')
@@ -104,38 +96,34 @@ def learn(task, folder, rng, simulations, steps):
 
 
 def c2st(x, y):
-  """Return the accuracy of a classifier of x and y, [N, D], of unseen points."""
+  """Return the accuracy of a classifier of points x and y, [N, D]."""
   both = (np.concatenate([x, y]) - x.mean(0)) / x.std(0)
-  sizes = (10 * x.shape[1],) * 2
-  network = MLPClassifier(sizes, early_stopping=True, random_state=0)
-  parts = KFold(5, shuffle=True, random_state=0)
-  label = np.repeat([0, 1], [len(x), len(y)])
-  return cross_val_score(network, both, label, cv=parts).mean()
+  label, sizes = np.repeat([0, 1], [len(x), len(y)]), (10 * x.shape[1],) * 2
+  net = neural_network.MLPClassifier(sizes, early_stopping=True, random_state=0)
+  return model_selection.cross_val_score(net, both, label, cv=5).mean()
 
 
 def ranks(task, posterior, rng, pairs, count=63):
   """Return the ranks of `pairs` true theta, in (0, 1), [pairs, D]."""
   theta = task.prior(rng, pairs)
-  samples = posterior(rng, task.simulate(rng, theta), count)
-  below = (samples < theta[:, None]).sum(1)
-  return (below + rng.uniform(size=below.shape)) / (count + 1)
+  smaller = posterior(rng, task.simulate(rng, theta), count) < theta[:, None]
+  below = smaller.sum(1) + rng.uniform(size=theta.shape)
+  return below / (count + 1)
 
 
 def check(name, axes, args):
   """Learn a task; draw into three axes, and return {name: number}."""
-  task, rng = TASKS[name], np.random.default_rng(args.seed)
-  (folder := args.workdir / name).mkdir(parents=True, exist_ok=True)
-  posterior = learn(task, folder, rng, args.simulations, args.steps)
-  x = task.simulate(rng, task.prior(rng, args.observations))
+  task, rng = TASKS[name], np.random.default_rng(0)
+  posterior = learn(task, args.workdir / name, rng, args)
+  x = task.simulate(rng, task.prior(rng, 4))
   exact, again = (task.exact(rng, x, args.samples) for _ in range(2))
   found = posterior(rng, x, args.samples)
-  for i, (title, theta) in enumerate((('exact', exact), ('learned', found))):
-    plane.scatter(axes[i], theta[0, :, :2])
-    axes[i].set(title=f'{name}: {title}', xlim=axes[0].get_xlim())
-    axes[i].set(ylim=axes[0].get_ylim())
+  plane.scatter(axes[0], exact[0, :, :2])
+  plane.scatter(axes[1], found[0, :, :2])
+  axes[0].set(title=f'{name}: exact posterior')
+  axes[1].set(title='learned', xlim=axes[0].get_xlim(), ylim=axes[0].get_ylim())
   u = np.sort(ranks(task, posterior, rng, args.pairs), axis=0)
-  band = 1.36 / np.sqrt(len(u))  # 95% of the distances of Kolmogorov.
-  axes[2].axhspan(-band, band, color='0.9')
+  axes[2].axhspan(*np.array([-1.36, 1.36]) / len(u) ** 0.5, color='0.9')  # 95%
   axes[2].plot(u, np.linspace(0, 1, len(u))[:, None] - u, lw=1)
   axes[2].set(title='ranks: distribution - uniform', ylim=(-0.2, 0.2))
   return {
@@ -146,19 +134,16 @@ def check(name, axes, args):
 
 
 def main(argv=None):
-  """Run both tasks; return {task: {name: number}}."""
+  """Run both tasks; return {task: {name: number}}, as in inference.json."""
   parser = argparse.ArgumentParser(prog='python -m examples.inference')
   parser.add_argument('--workdir', required=True, type=pathlib.Path)
-  sizes = {'simulations': 10_000, 'steps': 4000, 'seed': 0}
-  sizes |= {'observations': 4, 'samples': 1000, 'pairs': 300}
-  for name, default in sizes.items():
+  for name, default in SIZES.items():
     parser.add_argument(f'--{name}', default=default, type=int)
   args = parser.parse_args(argv)
   with plane.canvas(args.workdir / 'inference.png', len(TASKS), 3) as axes:
     found = {n: check(n, a, args) for n, a in zip(TASKS, axes, strict=True)}
-  found = {t: {k: float(v) for k, v in d.items()} for t, d in found.items()}
-  write_json(args.workdir / 'inference.json', found)
-  print(found)
+  write_json(path := args.workdir / 'inference.json', found)
+  print(path.read_text())
   return found
 
 

@@ -48,8 +48,8 @@ def test_classifier():
 def test_reduced(tmp_path):
   """Learned posteriors are closer to the exact ones than priors are."""
   found = inference.main(
-    f'--workdir {tmp_path} --simulations 1000 --steps 300 --observations 2 '
-    '--samples 200 --pairs 20'.split()
+    f'--workdir {tmp_path} --simulations 1000 --steps 300 --samples 200 '
+    '--pairs 20'.split()
   )
   assert (tmp_path / 'inference.png').read_bytes().startswith(b'\x89PNG')
   assert (tmp_path / 'inference.json').is_file()
