@@ -107,8 +107,7 @@ def ranks(task, posterior, rng, pairs, count=63):
   """Return the ranks of `pairs` true theta, in (0, 1), [pairs, D]."""
   theta = task.prior(rng, pairs)
   smaller = posterior(rng, task.simulate(rng, theta), count) < theta[:, None]
-  below = smaller.sum(1) + rng.uniform(size=theta.shape)
-  return below / (count + 1)
+  return (smaller.sum(1) + rng.uniform(size=theta.shape)) / (count + 1)
 
 
 def check(name, axes, args):
