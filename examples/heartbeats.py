@@ -2,18 +2,18 @@ r"""Forecast heartbeats and fill gaps in them, with intervals.
 
   python -m examples.heartbeats --workdir W
 
-The signals are generated electrocardiograms with two leads, [N, L, 2]: sums of
-the waves P, Q, R, S, T over the phase of the heart (as McSharry et al. 2003), of
-patients with their own rates and waves. One network, over one axis, learns both
-p(signal) and p(signal | known part), because a share of the examples is told
-nothing. So the unknown part can be sampled in two ways:
+The signals are generated electrocardiograms with two leads, [N, L, 2]: waves
+P, Q, R, S, T over the phase of the heart (McSharry et al. 2003), with rates and
+heights of each patient. A share of the examples is told no condition, so
+one network learns both p(signal) and p(signal | known part). Its unknown part is
+sampled in two ways:
 
-- condition: the network is told what is known and where (an array condition);
-- inpaint: the network of p(signal) is guided by the measurement (MMPS).
+- condition: the network is told what is known and where, an array [N, L, 3];
+- inpaint: the network of p(signal) is guided by what is known (MMPS).
 
-W/heartbeats.png shows the 90% intervals of both, W/heartbeats.json the shares of
-true values in the intervals, and the CRPS (mean |y - x| - 1/2 mean |x - x'|,
-in units of the signal) beside that of signals of other patients.
+W/heartbeats.png shows 90% intervals of both. W/heartbeats.json has the share of
+true values in them, and the CRPS (mean |x - y| - 1/2 mean |x - x'| of samples x
+and true y, in millivolts), also of signals of other patients.
 """
 
 import argparse
@@ -33,6 +33,7 @@ LENGTH, RATE = 128, 64  # Two seconds, in samples and samples per second.
 PHASES = np.array([-1.2, -0.26, 0.0, 0.26, 1.8])  # Of the waves P, Q, R, S, T.
 WIDTHS = np.array([0.25, 0.1, 0.12, 0.1, 0.4])
 HEIGHTS = np.array([[0.15, -0.1, 1.0, -0.2, 0.3], [0.1, -0.3, 0.5, -0.5, 0.2]])
+NETWORK = {'nf': 24, 'ch_mult': (1, 2, 2)}
 SIZES = {'signals': 6000, 'steps': 2000, 'tests': 32, 'samples': 24}
 
 
@@ -53,7 +54,7 @@ def generate(rng, n):
 
 
 def masks(rng, n):
-  """Return which places are known, bool [n, LENGTH]: gaps, half of them ends."""
+  """Return which places are known, bool [n, LENGTH]; half of them first."""
   place = np.arange(LENGTH)
   size = rng.integers(LENGTH // 4, 3 * LENGTH // 4, (n, 1))
   start = rng.integers(0, LENGTH - size + 1)
@@ -76,8 +77,8 @@ def learn(workdir, args):
   save_npz(path := workdir / 'signals.npz', **arrays)
   config = base.compose(base.vp, base.ddpmpp, base.arrays(str(path)), {
     'model.condition': 'array', 'training.condition_dropout': 0.3,
-    'model.nf': 24, 'model.ch_mult': (1, 2, 2), 'model.num_res_blocks': 1,
-    'model.attn_resolutions': (32,), 'model.dropout': 0.0,
+    'model.num_res_blocks': 1, 'model.attn_resolutions': (),
+    'model.dropout': 0.0, **{f'model.{k}': v for k, v in NETWORK.items()},
     'training.batch_size': 32, 'training.n_iters': args.steps,
     'training.ema_rate': 0.995, 'training.snapshot_sampling': False,
     'optim.lr': 1e-3, 'optim.warmup': 100, 'optim.schedule': 'cosine',

@@ -1,0 +1,66 @@
+"""Signals, scores of forecasts, and the example at reduced size."""
+
+import pathlib
+
+import numpy as np
+
+from examples import heartbeats
+from runtime.files import load_npz
+
+
+def test_signals_beat():
+  """The first lead has one R wave in each beat, of 0.6 to 1.2 seconds."""
+  x = heartbeats.generate(np.random.default_rng(0), 200)
+  assert x.shape == (200, heartbeats.LENGTH, 2) and np.isfinite(x).all()
+  lead = x[..., 0]
+  peak = (lead[:, 1:-1] > lead[:, :-2]) & (lead[:, 1:-1] >= lead[:, 2:])
+  beats = (peak & (lead[:, 1:-1] > 0.5 * lead.max(1)[:, None])).sum(1)
+  assert ((beats >= 1) & (beats <= 5)).all() and 1.8 < beats.mean() < 2.8
+
+
+def test_masks_and_conditions():
+  rng = np.random.default_rng(1)
+  known = heartbeats.masks(rng, 500)
+  unknown = (~known).sum(1)
+  assert unknown.min() >= heartbeats.LENGTH // 4 and known.any(1).all()
+  assert (np.abs(np.diff(known, axis=1)).sum(1) <= 2).all()  # One gap.
+  assert 0.45 < (~known[:, -1]).mean() < 0.6
+  x = heartbeats.generate(rng, 500)
+  told = heartbeats.condition_of(x, known)
+  assert told.shape == (500, heartbeats.LENGTH, 3)
+  np.testing.assert_array_equal(told[known][:, :2], x[known])
+  assert not told[~known].any() and (told[known][:, 2] == 1).all()
+
+
+def test_scores():
+  """Of N(0, 1): CRPS 1 / sqrt(pi); too narrow intervals hold fewer values."""
+  rng = np.random.default_rng(2)
+  samples, x = rng.normal(size=(4, 400, 500)), rng.normal(size=(4, 500))
+  found = heartbeats.scores(samples, x)
+  assert abs(found['crps'] - 1 / np.sqrt(np.pi)) < 0.03
+  assert abs(found['in_90'] - 0.9) < 0.02
+  narrow = heartbeats.scores(0.3 * samples, x)
+  assert narrow['in_90'] < 0.5 and narrow['crps'] > found['crps']
+
+
+def test_reduced(tmp_path, monkeypatch):
+  """After few steps the condition is already worth something."""
+  monkeypatch.setattr(heartbeats, 'LENGTH', 32)
+  monkeypatch.setattr(heartbeats, 'RATE', 16)
+  monkeypatch.setattr(heartbeats, 'NETWORK', {'nf': 8, 'ch_mult': (1,)})
+  found = heartbeats.main(
+    f'--workdir {tmp_path} --signals 256 --steps 60 --tests 4 --samples 4'
+    .split()
+  )  # fmt: skip
+  assert (tmp_path / 'heartbeats.png').read_bytes().startswith(b'\x89PNG')
+  assert (tmp_path / 'heartbeats.json').is_file()
+  assert load_npz(tmp_path / 'signals.npz')['x_train'].shape == (256, 32, 2)
+  for task in ('forecast', 'gap'):
+    assert {*found[task]} == {'condition', 'inpaint', 'other patients'}
+    for name, numbers in found[task].items():
+      assert np.isfinite([*numbers.values()]).all(), (task, name)
+
+
+def test_it_is_short():
+  lines = pathlib.Path(heartbeats.__file__).read_text().splitlines()
+  assert len(lines) <= 175
