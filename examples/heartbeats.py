@@ -2,11 +2,11 @@ r"""Forecast heartbeats and fill gaps in them, with intervals.
 
   python -m examples.heartbeats --workdir W
 
-The signals are generated electrocardiograms with two leads, [N, L, 2]: waves
-P, Q, R, S, T over the phase of the heart (McSharry et al. 2003), with rates and
-heights of each patient. A share of the examples is told no condition, so
-one network learns both p(signal) and p(signal | known part). Its unknown part is
-sampled in two ways:
+The signals are generated electrocardiograms with two leads, [N, L, 2]: waves P,
+Q, R, S, T over the phase of the heart (McSharry et al. 2003), with rates and
+heights of each patient. A share of the examples is told no condition, so that
+one network learns p(signal) and p(signal | known part), and samples the unknown
+part in two ways:
 
 - condition: the network is told what is known and where, an array [N, L, 3];
 - inpaint: the network of p(signal) is guided by what is known (MMPS).
