@@ -48,7 +48,7 @@ def test_classifier():
 def test_reduced(tmp_path):
   """Learned posteriors are closer to the exact ones than priors are."""
   found = inference.main(
-    f'--workdir {tmp_path} --simulations 1000 --steps 300 --samples 200 '
+    f'--workdir {tmp_path} --simulations 1000 --steps 300 --samples 315 '
     '--pairs 20'.split()
   )
   assert (tmp_path / 'inference.png').read_bytes().startswith(b'\x89PNG')
