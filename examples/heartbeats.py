@@ -20,6 +20,7 @@ import argparse
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import experiment
@@ -90,15 +91,15 @@ def learn(workdir, args):
 
 def by_condition(model, params, x, known, count):
   """Return samples [N, count, L, 2] of the signals, given their known part."""
-  told = np.repeat(condition_of(x, known), count, axis=0)
-  found = model.sample(params, jax.random.key(1), len(told), condition=told)
+  given = np.repeat(condition_of(x, known), count, axis=0)
+  found = model.sample(params, jax.random.key(1), len(given), condition=given)
   return found.reshape(len(x), count, *x.shape[1:])
 
 
 def by_inpainting(model, params, x, known, count):
   """Return the same by MMPS, from the network that is told nothing."""
   operator, method = Inpaint(mask=known), MMPS(noise_std=0.05, ramp=0.0)
-  y = operator(np.repeat(model.scale(x), count, axis=0))
+  y = operator(jnp.repeat(model.scale(x), count, axis=0))
 
   def guide(score_fn, sde):
     free = told(score_fn, None, None)

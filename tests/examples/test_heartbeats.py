@@ -15,7 +15,10 @@ def test_signals_beat():
   lead = x[..., 0]
   peak = (lead[:, 1:-1] > lead[:, :-2]) & (lead[:, 1:-1] >= lead[:, 2:])
   beats = (peak & (lead[:, 1:-1] > 0.5 * lead.max(1)[:, None])).sum(1)
-  assert ((beats >= 1) & (beats <= 5)).all() and 1.8 < beats.mean() < 2.8
+  # Two seconds have two over the period, E[2 / T] = 2 log(2) / 0.6 = 2.3.
+  assert (
+    2.0 < beats.mean() < 2.6 and np.mean((beats >= 1) & (beats <= 4)) > 0.95
+  )
 
 
 def test_masks_and_conditions():
