@@ -20,13 +20,12 @@ import argparse
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import experiment
 import run_lib
 from configs import base
-from controllable_generation import MMPS, Inpaint, told
+from controllable_generation import MMPS, told
 from reporting import plane
 from runtime.files import save_npz, write_json
 
@@ -89,25 +88,27 @@ def learn(workdir, args):
   return experiment.load(workdir / 'run')
 
 
-def by_condition(model, params, x, known, count):
-  """Return samples [N, count, L, 2] of the signals, given their known part."""
-  given = np.repeat(condition_of(x, known), count, axis=0)
-  found = model.sample(params, jax.random.key(1), len(given), condition=given)
-  return found.reshape(len(x), count, *x.shape[1:])
+def samplers(model, params, n):
+  """Return {name: fill(x, known) -> [n, L, 2]}: samples, given known parts.
 
+  Both take signals x [n, L, 2], of which they see what is known [L].
+  """
 
-def by_inpainting(model, params, x, known, count):
-  """Return the same by MMPS, from the network that is told nothing."""
-  operator, method = Inpaint(mask=known), MMPS(noise_std=0.05, ramp=0.0)
-  y = operator(jnp.repeat(model.scale(x), count, axis=0))
+  def guide(score_fn, sde, *, x, known):
+    operator = lambda x: x * known[:, None]
+    method = MMPS(noise_std=0.05, ramp=0.0)
+    return method(told(score_fn), sde, operator=operator, y=operator(x))
 
-  def guide(score_fn, sde):
-    free = told(score_fn, None, None)
-    return method(free, sde, operator=operator, y=y)
+  guided = jax.jit(model.make_sample(n, guide=guide))
 
-  sample = jax.jit(model.make_sample(len(y), guide=guide))
-  found = np.asarray(sample(params, jax.random.key(1)).x)
-  return found.reshape(len(x), count, *x.shape[1:])
+  def condition(x, known):
+    given = condition_of(x, known)
+    return model.sample(params, jax.random.key(1), n, condition=given)
+
+  def inpaint(x, known):
+    return guided(params, jax.random.key(1), x=model.scale(x), known=known).x
+
+  return {'condition': condition, 'inpaint': inpaint}
 
 
 def scores(samples, x):
@@ -145,15 +146,17 @@ def main(argv=None):
   model, params = learn(args.workdir, args)
   x, place = generate(np.random.default_rng(1), args.tests), np.arange(LENGTH)
   others = generate(np.random.default_rng(2), args.samples)[None]
+  fills = samplers(model, params, args.tests * args.samples)
   results = {}
   with plane.canvas(args.workdir / 'heartbeats.png', 2, 2) as axes:
     for row, (task, known) in zip(axes, {
       'forecast': place < LENGTH // 2,
       'gap': (place < LENGTH // 3) | (place >= 2 * LENGTH // 3),
     }.items(), strict=True):  # fmt: skip
+      given = np.repeat(x, args.samples, axis=0)
       found = {
-        'condition': by_condition(model, params, x, known, args.samples),
-        'inpaint': by_inpainting(model, params, x, known, args.samples),
+        name: np.reshape(fill(given, known), (len(x), -1, LENGTH, 2))
+        for name, fill in fills.items()
       }
       for ax, (name, samples) in zip(row, found.items(), strict=True):
         draw(ax, f'{task}: {name}', x[0], known, samples[0])

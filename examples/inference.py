@@ -25,7 +25,8 @@ from reporting import plane
 from runtime.files import save_npz, write_json
 
 ROTATION = np.array([[1, -1], [1, 1]]) / np.sqrt(2)
-SIZES = {'simulations': 10_000, 'steps': 4000, 'samples': 1000, 'pairs': 300}
+SIZES = {'simulations': 10_000, 'steps': 4000, 'observations': 5}
+SIZES |= {'samples': 1000, 'pairs': 300}
 
 
 # Tasks: `exact` returns samples of the posterior of each x, [n, count, D].
@@ -114,7 +115,7 @@ def check(name, axes, args):
   """Learn a task; draw into three axes, and return {name: number}."""
   task, rng = TASKS[name], np.random.default_rng(0)
   posterior = learn(task, args.workdir / name, rng, args)
-  x = task.simulate(rng, task.prior(rng, 4))
+  x = task.simulate(rng, task.prior(rng, args.observations))
   exact, again = (task.exact(rng, x, args.samples) for _ in range(2))
   found = posterior(rng, x, args.samples)
   plane.scatter(axes[0], exact[0, :, :2])
