@@ -29,12 +29,12 @@ from controllable_generation import MMPS, told
 from reporting import plane
 from runtime.files import save_npz, write_json
 
-LENGTH, RATE = 128, 64  # Two seconds, in samples and samples per second.
+LENGTH, RATE = 64, 32  # Two seconds, in samples and samples per second.
 PHASES = np.array([-1.2, -0.26, 0.0, 0.26, 1.8])  # Of the waves P, Q, R, S, T.
-WIDTHS = np.array([0.25, 0.1, 0.12, 0.1, 0.4])
+WIDTHS = np.array([0.25, 0.12, 0.16, 0.12, 0.4])
 HEIGHTS = np.array([[0.15, -0.1, 1.0, -0.2, 0.3], [0.1, -0.3, 0.5, -0.5, 0.2]])
-NETWORK = {'nf': 24, 'ch_mult': (1, 2, 2)}
-SIZES = {'signals': 6000, 'steps': 2000, 'tests': 32, 'samples': 24}
+NETWORK = {'nf': 16, 'ch_mult': (1, 2, 2)}
+SIZES = {'signals': 6000, 'steps': 1500, 'tests': 16, 'samples': 24}
 
 
 def generate(rng, n):
@@ -75,7 +75,8 @@ def learn(workdir, args):
     arrays[f'x_{split}'] = x = generate(rng, n)
     arrays[f'condition_{split}'] = condition_of(x, masks(rng, n))
   save_npz(path := workdir / 'signals.npz', **arrays)
-  config = base.compose(base.vp, base.ddpmpp, base.arrays(str(path)), {
+  data = base.arrays(str(path))
+  config = base.compose(base.vp, base.ddpmpp, base.edm, data, {
     'model.condition': 'array', 'training.condition_dropout': 0.3,
     'model.num_res_blocks': 1, 'model.attn_resolutions': (),
     'model.dropout': 0.0, **{f'model.{k}': v for k, v in NETWORK.items()},

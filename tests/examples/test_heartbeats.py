@@ -15,7 +15,7 @@ def test_signals_beat():
   assert x.shape == (200, heartbeats.LENGTH, 2) and np.isfinite(x).all()
   lead = x[..., 0]
   beats = np.array(
-    [len(find_peaks(v, 0.5 * v.max(), distance=20)[0]) for v in lead]
+    [len(find_peaks(v, 0.5 * v.max(), distance=10)[0]) for v in lead]
   )
   # In two seconds 2 / period on average: 2 log(2) / 0.6.
   assert abs(beats.mean() - 2 * np.log(2) / 0.6) < 0.15 and beats.max() <= 4
