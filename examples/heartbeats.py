@@ -33,7 +33,7 @@ LENGTH, RATE = 64, 32  # Two seconds, in samples and samples per second.
 PHASES = np.array([-1.2, -0.26, 0.0, 0.26, 1.8])  # Of the waves P, Q, R, S, T.
 WIDTHS = np.array([0.25, 0.12, 0.16, 0.12, 0.4])
 HEIGHTS = np.array([[0.15, -0.1, 1.0, -0.2, 0.3], [0.1, -0.3, 0.5, -0.5, 0.2]])
-NETWORK = {'nf': 16, 'ch_mult': (1, 2, 2)}
+NETWORK = {'model.nf': 16, 'model.ch_mult': (1, 2, 2)}
 SIZES = {'signals': 6000, 'steps': 1500, 'tests': 16, 'samples': 24}
 
 
@@ -79,11 +79,11 @@ def learn(workdir, args):
   config = base.compose(base.vp, base.ddpmpp, base.edm, data, {
     'model.condition': 'array', 'training.condition_dropout': 0.3,
     'model.num_res_blocks': 1, 'model.attn_resolutions': (),
-    'model.dropout': 0.0, **{f'model.{k}': v for k, v in NETWORK.items()},
+    'model.dropout': 0.0,
     'training.batch_size': 32, 'training.n_iters': args.steps,
     'training.ema_rate': 0.995, 'training.snapshot_sampling': False,
     'optim.lr': 1e-3, 'optim.warmup': 100, 'optim.schedule': 'cosine',
-    'sampling.method': 'dpmpp_2m', 'sampling.num_steps': 20,
+    'sampling.method': 'dpmpp_2m', 'sampling.num_steps': 20, **NETWORK,
   })  # fmt: skip
   run_lib.train(config, workdir / 'run')
   return experiment.load(workdir / 'run')

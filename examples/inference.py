@@ -25,7 +25,7 @@ from reporting import plane
 from runtime.files import save_npz, write_json
 
 ROTATION = np.array([[1, -1], [1, 1]]) / np.sqrt(2)
-SIZES = {'simulations': 10_000, 'steps': 4000, 'batch_size': 512, 'nf': 128}
+SIZES = {'simulations': 10_000, 'steps': 2000, 'batch_size': 512, 'nf': 128}
 SIZES |= {'observations': 3, 'samples': 1000, 'pairs': 300}
 
 
@@ -117,8 +117,8 @@ def check(name, axes, args):
   x = task.simulate(rng, task.prior(rng, args.observations))
   exact, again = (task.exact(rng, x, args.samples) for _ in range(2))
   found = posterior(rng, x, args.samples)
-  plane.scatter(axes[0], exact[0, :, :2])
-  plane.scatter(axes[1], found[0, :, :2])
+  for ax, points in zip(axes[:2], (exact, found), strict=True):
+    plane.scatter(ax, points[1 % len(x), :, :2])
   axes[0].set(title=f'{name}: exact posterior')
   axes[1].set(title='learned', xlim=axes[0].get_xlim(), ylim=axes[0].get_ylim())
   u = np.sort(ranks(task, posterior, rng, args.pairs), axis=0)
