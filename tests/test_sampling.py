@@ -1,5 +1,8 @@
 """Test samplers with known scores, and their options."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +22,7 @@ SDES = [
   sde_lib.RectifiedFlow(),
 ]
 BATCH = 2000
+NONE = (predictors.NoStep(),)
 name = lambda sde: type(sde).__name__
 
 PREDICTORS = {name: cls() for name, cls in predictors.PREDICTORS.items()}
@@ -44,26 +48,70 @@ def prior(sde):
   return sde.prior_sample(jax.random.key(1), (BATCH, 2))
 
 
-def sampler(sde, predictor, corrector, **kwargs):
-  """Return sample(data) -> (x, nfe), one program for all mixtures of two."""
-  fields = {'num_steps': 200, 'eps': 1e-3} | kwargs
-  pc = sampling.PC(predictor=predictor, corrector=corrector, **fields)
+@dataclasses.dataclass(frozen=True)
+class OneOf:
+  """The step of this index among several, which are compiled together."""
 
-  @jax.jit
-  def program(rng, weights, means, std):
-    z = prior(sde)
-    return pc(rng, Mixture(weights, means, std).score_fn(sde), sde, z)
+  steps: tuple
+  index: jax.Array
 
-  def sample(data):
-    arrays = (np.float32(v) for v in (data.weights, data.means, data.std))
-    samples = program(jax.random.key(0), *arrays)
-    return np.asarray(samples.x), int(samples.nfe)
-
-  return sample
+  def __call__(self, rng, score_fn, sde, *state):
+    calls = [
+      lambda rng, *state, step=step: step(rng, score_fn, sde, *state)
+      for step in self.steps
+    ]
+    return jax.lax.switch(self.index, calls, rng, *state)
 
 
-def run(sde, data, predictor, corrector, **kwargs):
-  return sampler(sde, predictor, corrector, **kwargs)(data)
+@functools.cache
+def program(
+  sde,
+  steps,
+  correctors=NONE,
+  data=(GAUSSIAN, MIXTURE),
+  **fields,
+):
+  """Return sample(i, j) -> x [K, B, 2] for K mixtures `data`, one program.
+
+  The samples are those of the predictor steps[i] and of correctors[j].
+  """
+  arrays = [
+    np.float32([getattr(d, field) for d in data])
+    for field in ('weights', 'means', 'std')
+  ]
+
+  # The steps are many, so that optimization saves time.
+  @functools.partial(
+    jax.jit, compiler_options={'xla_backend_optimization_level': 1}
+  )
+  def sample(i, j):
+    pc = sampling.PC(
+      predictor=OneOf(steps, i),
+      corrector=OneOf(correctors, j),
+      **{'num_steps': 200, **fields},
+    )
+
+    def of(*mixture):
+      score_fn = Mixture(*mixture).score_fn(sde)
+      return pc(jax.random.key(0), score_fn, sde, prior(sde)).x
+
+    return jax.vmap(of)(*arrays)
+
+  return lambda i=0, j=0: np.asarray(sample(i, j))
+
+
+@functools.cache
+def samples(sde, predictor, corrector):
+  """Return samples [2, B, 2] of GAUSSIAN and of MIXTURE, for all tests.
+
+  Without a predictor only Langevin dynamics changes x, so it gets more steps.
+  """
+  correctors = tuple(CORRECTORS.values())
+  j = list(CORRECTORS).index(corrector)
+  if predictor == 'none':
+    return program(sde, NONE, correctors, corrector_steps=12)(0, j)
+  i = list(PREDICTORS).index(predictor)
+  return program(sde, tuple(PREDICTORS.values()), correctors)(i, j)
 
 
 COMBINATIONS = [
@@ -77,57 +125,48 @@ COMBINATIONS = [
 @pytest.mark.parametrize('sde', SDES, ids=name)
 @pytest.mark.parametrize('predictor,corrector', COMBINATIONS)
 def test_every_combination_reaches_the_data(sde, predictor, corrector):
-  # Without a predictor only Langevin dynamics changes x, so it gets more steps.
-  # Its step size leaves a bias, which is larger with fewer steps.
-  alone = predictor == 'none'
-  levels = 100 if (alone and corrector == 'langevin') else 200
-  sample = sampler(
-    sde,
-    PREDICTORS[predictor],
-    CORRECTORS[corrector],
-    num_steps=levels,
-    corrector_steps=16 if alone else 1,
+  # The step size of Langevin dynamics leaves a bias.
+  annealed = (predictor, corrector) == ('none', 'ald')
+  gaussian, mixture = samples(sde, predictor, corrector)
+  assert_moments(gaussian, GAUSSIAN, bias=0.15 if annealed else 0.04)
+  assert_moments(mixture, MIXTURE, bias=0.15 if annealed else 0.04)
+
+
+@pytest.mark.parametrize('predictor,corrector', COMBINATIONS)
+def test_number_of_evaluations(predictor, corrector):
+  pc = sampling.PC(
+    predictor=PREDICTORS[predictor],
+    corrector=CORRECTORS[corrector],
+    num_steps=20,
+    corrector_steps=3,
   )
-  corrections = 0 if corrector == 'none' else 16 * levels if alone else levels
-  annealed = alone and corrector == 'ald'
-  for data in (GAUSSIAN, MIXTURE):
-    x, nfe = sample(data)
-    assert nfe == corrections + (1 if alone else 200)
-    assert_moments(x, data, bias=0.15 if annealed else 0.04)
+  predictions = 1 if predictor == 'none' else 20  # The last one denoises.
+  corrections = 0 if corrector == 'none' else 60
+  assert pc._nfe(SDES[1], (BATCH, 2)) == predictions + corrections
 
 
 @pytest.mark.parametrize('sde', SDES, ids=name)
 def test_mixture_weights_are_right(sde):
-  predictor, corrector = predictors.ReverseDiffusion(), CORRECTORS['langevin']
-  x, _ = run(sde, MIXTURE, predictor, corrector)
+  x = samples(sde, 'reverse_diffusion', 'langevin')[1]
   assert_moments(x, MIXTURE, bias=0.03)
   weight = np.mean(x[:, 0] > 0)
   assert abs(weight - 0.7) < 4 * np.sqrt(0.7 * 0.3 / BATCH) + 0.01
 
 
-@pytest.mark.parametrize('sde', SDES[:3], ids=name)
-@pytest.mark.parametrize(
-  'predictor', [predictors.EulerMaruyama, predictors.ReverseDiffusion]
-)
-def test_probability_flow_steps(sde, predictor):
-  flow = predictor(probability_flow=True)
-  x, nfe = run(sde, GAUSSIAN, flow, predictors.NoStep(), num_steps=1000)
-  assert nfe == 1000
-  assert_moments(x, GAUSSIAN, bias=0.04)
-
-
 def test_posterior_variance_noises_less():
   """Check that it is exact for a point mass, and the forward one too large."""
   sde = sde_lib.VPSDE()
-  point = type(GAUSSIAN)(means=((0.5, -0.3),) * 2, std=1e-3)
-  spread = {}
-  for variance in ('posterior', 'forward'):
-    predictor = predictors.Ancestral(ancestral_variance=variance)
-    x, _ = run(sde, point, predictor, predictors.NoStep(), final_denoise=False)
-    spread[variance] = x.std()
+  point = Mixture(means=((0.5, -0.3),) * 2, std=1e-3)
+  steps = tuple(
+    predictors.Ancestral(ancestral_variance=variance)
+    for variance in ('posterior', 'forward')
+  )
+  sample = program(sde, steps, data=(point,), final_denoise=False)
+  posterior, forward = sample(0), sample(1)
   sigma = float(sde.marginal(1e-3)[1])
-  centred = np.abs(spread['posterior'] / np.hypot(sigma, np.std(x.mean(0))) - 1)
-  assert spread['posterior'] < spread['forward']
+  exact = np.hypot(sigma, np.std(forward.mean((0, 1))))
+  centred = np.abs(posterior.std() / exact - 1)
+  assert posterior.std() < forward.std()
   assert centred < 0.05
   with pytest.raises(ValueError, match='ancestral_variance'):
     predictors.Ancestral(ancestral_variance='both')
@@ -135,18 +174,18 @@ def test_posterior_variance_noises_less():
 
 def test_the_papers_ancestral_variance():
   """Check that it is the posterior's for VE, and the chain's for VP."""
-  x, rng = jnp.ones((3, 2)), jax.random.key(0)
-  t, t_next = jnp.full(3, 0.5), jnp.full(3, 0.25)
-  score_fn = lambda x, t: -x
-  for sde in (*SDES, sde_lib.EDM()):
-    wanted = 'posterior' if sde.prior_std > 1 else 'forward'
-    default, explicit = (
-      predictors.Ancestral(ancestral_variance=variance)(
-        rng, score_fn, sde, x, t, t_next
-      )
-      for variance in ('paper', wanted)
-    )
-    np.testing.assert_array_equal(default[0], explicit[0])
+  x, t, t_next = jnp.ones((3, 2)), jnp.full(3, 0.5), jnp.full(3, 0.25)
+
+  def step(sde, variance):
+    predictor = predictors.Ancestral(ancestral_variance=variance)
+    rng = jax.random.key(0)
+    return predictor(rng, lambda x, t: -x, sde, x, t, t_next)[0]
+
+  sdes = (*SDES, sde_lib.EDM())
+  wanted = ['posterior' if sde.prior_std > 1 else 'forward' for sde in sdes]
+  default = jax.jit(lambda: [step(sde, 'paper') for sde in sdes])()
+  explicit = jax.jit(lambda: [*map(step, sdes, wanted)])()
+  np.testing.assert_array_equal(default, explicit)
 
 
 def test_time_grid():
@@ -166,50 +205,51 @@ def test_time_grid():
 
 @pytest.mark.parametrize('sde', [sde_lib.VPSDE(), sde_lib.SubVPSDE()], ids=name)
 def test_too_coarse_a_chain_is_refused(sde):
+  pc = sampling.PC(predictor=predictors.Ancestral(), num_steps=9)
   with pytest.raises(ValueError, match='too few'):
-    run(sde, GAUSSIAN, predictors.Ancestral(), predictors.NoStep(), num_steps=9)
+    pc(jax.random.key(0), GAUSSIAN.score_fn(sde), sde, jnp.zeros((2, 2)))
 
 
 def test_langevin_step_size_is_of_the_whole_batch():
   """Check that the score of one example changes every step (Algorithm 4)."""
-  sde, t = sde_lib.VESDE(), jnp.full((2,), 0.5)
-  x = jnp.zeros((2, 8))
-  gain = jnp.asarray([[1.0], [3.0]])
+  sde, t, x = sde_lib.VESDE(), np.full(2, 0.5), np.zeros((2, 8), np.float32)
 
+  @jax.jit
   def moved(gain):
     score_fn = lambda x, t: gain + 0 * x
     step = predictors.Langevin(snr=0.1)
     return step(jax.random.key(0), score_fn, sde, x, t, t)[1]
 
-  alone = moved(jnp.ones((2, 1)))
-  both = moved(gain)
-  np.testing.assert_allclose(both[0] / alone[0], 1 / 4, rtol=1e-5)
+  alone, both = moved(np.float32([[1], [1]])), moved(np.float32([[1], [3]]))
+  np.testing.assert_allclose(np.divide(both, alone)[0], 1 / 4, rtol=1e-5)
 
 
-def _fixed_step_error(num_steps, sde):
-  """Return the error at eps of Euler's method on the flow of a Gaussian."""
-  flow = predictors.EulerMaruyama(probability_flow=True)
-  x, _ = run(
-    sde, GAUSSIAN, flow, predictors.NoStep(), num_steps=num_steps,
-    eps=0.01, final_denoise=False,
-  )  # fmt: skip
+def exact_flow(sde, eps):
+  """Return the states at eps of the flow of GAUSSIAN, from those of `prior`.
 
-  # The flow of a Gaussian is affine: (x - alpha mean) / std_t is constant.
+  It is affine: (x - alpha mean) / std_t is constant.
+  """
+
   def std(t):
     alpha, sigma = (float(c) for c in sde.marginal(t))
     return np.hypot(alpha * GAUSSIAN.std, sigma), alpha * GAUSSIAN.mean
 
-  z = np.asarray(prior(sde))
-  (std_1, mean_1), (std_0, mean_0) = std(1.0), std(0.01)
-  exact = mean_0 + std_0 * (z - mean_1) / std_1
-  return np.sqrt(np.mean((x - exact) ** 2)), exact
+  (std_1, mean_1), (std_0, mean_0) = std(1.0), std(eps)
+  return mean_0 + std_0 * (np.asarray(prior(sde)) - mean_1) / std_1
 
 
 @pytest.mark.parametrize('sde', SDES[:3], ids=name)
 def test_fixed_step_ode_is_of_first_order(sde):
-  errors = [_fixed_step_error(n, sde)[0] for n in (101, 201, 401)]
-  orders = np.log2(np.array(errors[:-1]) / errors[1:])
-  np.testing.assert_allclose(orders, 1, atol=0.2)
+  kinds = predictors.EulerMaruyama, predictors.ReverseDiffusion
+  flows = tuple(kind(probability_flow=True) for kind in kinds)
+  exact, errors = exact_flow(sde, 0.01), []
+  for n in (101, 401):
+    fields = {'num_steps': n, 'eps': 0.01, 'final_denoise': False}
+    sample = program(sde, flows, data=(GAUSSIAN,), **fields)
+    x = np.concatenate([sample(0), sample(1)])
+    errors.append(np.sqrt(np.mean((x - exact) ** 2, axis=(1, 2))))
+  orders = np.log(errors[0] / errors[1]) / np.log(4)
+  np.testing.assert_allclose(orders, 1, atol=0.1)
 
 
 @pytest.mark.parametrize('sde', SDES[:3], ids=name)
@@ -220,8 +260,7 @@ def test_adaptive_ode_sampler_solves_the_flow(sde):
   sample = jax.jit(lambda z: sampler(None, GAUSSIAN.score_fn(sde), sde, z))
   samples = sample(prior(sde))
   assert samples.success
-  _, exact = _fixed_step_error(20 if sde.prior_std > 1 else 40, sde)
-  np.testing.assert_allclose(samples.x, exact, atol=5e-4)
+  np.testing.assert_allclose(samples.x, exact_flow(sde, 0.01), atol=5e-4)
   assert 20 < int(samples.nfe) < 300
 
 
