@@ -129,13 +129,14 @@ class Experiment:
     """Return the parameters without those that only training needs."""
     return {k: v for k, v in params.items() if k != UNCERTAINTY}
 
-  @functools.cached_property
-  def _shapes(self):
-    return jax.eval_shape(self._init, jax.random.key(0))
-
   def abstract_params(self) -> PyTree:
     """Return the shapes and dtypes of the parameters, a pytree."""
-    return self._shapes
+    params = models.abstract_params(self.network, self.shape(1)[1:])
+    if getattr(self.loss_fn, 'uncertainty', False):
+      rng, level = jax.random.key(0), jnp.ones(1)
+      own = jax.eval_shape(LogVariance().init, rng, level)['params']
+      params = {**params, UNCERTAINTY: own}
+    return params
 
   def init_params(self, rng: Rng) -> PyTree:
     """Return new parameters, drawn with a key."""

@@ -13,13 +13,11 @@ parameters have the names and shapes of the given network.
 """
 
 import dataclasses
-import functools
 import json
 import pathlib
 import typing
 
 import jax
-import jax.numpy as jnp
 import msgpack
 import numpy as np
 import optax
@@ -27,6 +25,7 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
+import models
 from runtime import torch_file
 from runtime.files import atomic
 
@@ -73,7 +72,10 @@ def load(path, network, shape) -> Released:
       differs, with both shapes.
   """
   path = _existing(path)
-  shapes = _network_shapes(network, (1, *shape[1:]))
+  params = models.abstract_params(network, tuple(shape[1:]))
+  shapes = {
+    path: like.shape for path, like in traverse_util.flatten_dict(params).items()
+  }
   with open(path, 'rb') as stream:
     start = stream.read(9)
   if start[8:] == b'{':
@@ -186,22 +188,6 @@ def _existing(path):
   if not path.is_file():
     raise FileNotFoundError(f'There is no checkpoint file {path}.')
   return path
-
-
-@functools.cache
-def _network_shapes(network, image_shape):
-  """Return {path in the pytree: shape}, in the order of construction."""
-  names = []
-
-  def init(rng):
-    x, cond = jnp.zeros(image_shape), jnp.ones(1)
-    params = network.init(rng, x, cond, train=False)['params']
-    names.extend(traverse_util.flatten_dict(params))
-    return params
-
-  tree = jax.eval_shape(init, jax.random.key(0))
-  flat = traverse_util.flatten_dict(tree)
-  return {name: flat[name].shape for name in names}
 
 
 def _fit(path, flat, shapes):

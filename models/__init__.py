@@ -1,5 +1,11 @@
 """The networks, by the names that configs give them."""
 
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
 from models.classifier import WideResNet
 from models.ddpm import DDPM
 from models.mlp import MLP
@@ -52,3 +58,32 @@ def create(name, **fields):
   return networks[name](
     **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
   )
+
+
+@functools.cache
+def abstract_params(network, shape):
+  """Return the shapes and dtypes of parameters, in the order of construction.
+
+  Networks with the same options are traced once in a process.
+
+  Args:
+    network: a flax module of `create`.
+    shape: of one example, [H, W, C] or [D].
+
+  Returns:
+    A nested dict, which is not to be changed.
+
+  Example:
+    >>> abstract_params(create('mlp', num_layers=0), (2,))['Dense_0']['bias']
+    ShapeDtypeStruct(shape=(128,), dtype=float32)
+  """
+  paths = []
+
+  def init(rng):
+    x, cond = jnp.zeros((1, *shape)), jnp.ones(1)
+    params = network.init(rng, x, cond, train=False)['params']
+    paths.extend(traverse_util.flatten_dict(params))
+    return params
+
+  flat = traverse_util.flatten_dict(jax.eval_shape(init, jax.random.key(0)))
+  return traverse_util.unflatten_dict({path: flat[path] for path in paths})

@@ -1,7 +1,5 @@
 """Every file of `configs/`: its size, its numbers, and that it runs."""
 
-import functools
-import json
 import pathlib
 
 import jax
@@ -116,38 +114,33 @@ def reduced(config):
       config.model.update(attn_resolutions=(8,), dropout=0.1)
     if 'num_classes' in config.model:
       config.model.num_classes = config.training.num_scales = 10
+      config.sampling.num_steps = 10
   return config
 
 
-@functools.cache
-def built(name):
-  """Return the Experiment of a config."""
-  return experiment.build(load(name))
-
-
-@functools.cache
-def _num_params(network, image_size):
-  x = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
-  cond = jax.ShapeDtypeStruct((1,), jnp.float32)
-  out, variables = jax.eval_shape(
-    functools.partial(network.init_with_output, train=False),
-    jax.random.key(0),
-    x,
-    cond,
-  )
-  if not isinstance(network, models.WideResNet):
-    assert out.shape == x.shape
-  return sum(leaf.size for leaf in jax.tree.leaves(variables['params']))
+def fake_score_fn(self, params, **options):
+  """Stand in for Experiment.score_fn: a score that costs nothing."""
+  del self, params, options
+  return lambda x, t, *label: -x
 
 
 @pytest.mark.parametrize('name', CONFIGS)
-def test_full_size(name):
-  model = built(name)
-  size = _num_params(model.network, model.config.data.image_size)
+def test_full_size(name, monkeypatch):
+  """The network has its size, and the sampler suits the process."""
+  model = experiment.build(load(name))
+  shapes = jax.tree.leaves(model.abstract_params())
+  size = sum(shape.size for shape in shapes)
   if name in MILLIONS:
     assert round(size / 1e6, 2) == MILLIONS[name]
   else:
     assert 30e6 < size < 115e6
+  if model.is_classifier:
+    with pytest.raises(ValueError, match='draws no samples'):
+      model.make_sample(2)
+    return
+  monkeypatch.setattr(experiment.Experiment, 'score_fn', fake_score_fn)
+  images, *_ = jax.eval_shape(model.make_sample(2), None, jax.random.key(0))
+  assert images.shape == model.shape(2)
 
 
 def test_released_are_all_there():
@@ -183,9 +176,9 @@ def test_file(name):
   assert len([line for line in body.splitlines() if line]) <= 10
 
 
-@functools.cache
-def _reduced_losses(name):
-  """Return losses [2] of random parameters, by a program not optimised."""
+@pytest.mark.parametrize('name', CONFIGS)
+def test_reduced_forward(name):
+  """Losses are finite; not compiled as a whole, since layers are alike."""
   model = experiment.build(reduced(load(name)))
   draw = np.random.default_rng(0).normal
   params = jax.tree.map(
@@ -193,50 +186,9 @@ def _reduced_losses(name):
     model.abstract_params(),
   )
   image = np.random.default_rng(1).integers(0, 256, model.shape(2), np.uint8)
-  loss_fn = jax.jit(
-    model.loss,
-    compiler_options={'xla_backend_optimization_level': 0},
-  )
   batch = {'image': image, 'label': np.zeros(2, np.int32)}
-  return np.asarray(loss_fn(params, jax.random.key(0), batch))
-
-
-@functools.cache
-def _alike():
-  """Return {config: the first config with the same reduced network}."""
-  first, keys = {}, {}
-  for name in CONFIGS:
-    config = reduced(load(name))
-    sections = config.model, config.data.centered
-    keys[name] = json.dumps(sections, default=lambda s: s.to_dict())
-    first.setdefault(keys[name], name)
-  return {name: first[key] for name, key in keys.items()}
-
-
-@pytest.mark.parametrize('name', CONFIGS)
-def test_reduced_forward(name):
-  """Scores and losses are finite."""
-  loss = _reduced_losses(_alike()[name])
+  loss = np.asarray(model.loss(params, jax.random.key(0), batch))
   assert loss.shape == (2,) and np.isfinite(loss).all() and (loss > 0).all()
-
-
-def fake_score_fn(self, params, **options):
-  """Stand in for Experiment.score_fn: a score that costs nothing."""
-  del self, params, options
-  return lambda x, t, *label: -x
-
-
-@pytest.mark.parametrize('name', CONFIGS)
-def test_sampler_is_traced(name, monkeypatch):
-  """Predictor, corrector and steps suit the process, without a network."""
-  model = built(name)
-  monkeypatch.setattr(experiment.Experiment, 'score_fn', fake_score_fn)
-  if model.is_classifier:
-    with pytest.raises(ValueError, match='draws no samples'):
-      model.make_sample(2)
-    return
-  images, *_ = jax.eval_shape(model.make_sample(2), None, jax.random.key(0))
-  assert images.shape == model.shape(2)
 
 
 def grid_name(grid):

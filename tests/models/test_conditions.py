@@ -1,6 +1,5 @@
 """How conditions enter networks, and what stands for none."""
 
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -43,9 +42,7 @@ def test_the_output_depends_on_the_condition(case):
   )
   params = random_params(network, x)
 
-  @functools.partial(
-    jax.jit, compiler_options={'xla_backend_optimization_level': 0}
-  )
+  @jax.jit
   def apply(condition):
     return network.apply(
       {'params': params}, x, jnp.ones(2), condition=condition, train=False

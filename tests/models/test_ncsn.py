@@ -9,6 +9,7 @@ from flax import traverse_util
 
 import experiment
 import losses
+import models
 import sde_lib
 from configs.base import annealed, compose, ncsn, ncsnv2, ve
 from data import datasets
@@ -114,11 +115,15 @@ def draw_params(model):
 
 
 @pytest.mark.parametrize('name', ['ncsn', 'ncsnv2'])
-def test_trains_and_samples(name):
+def test_trains_and_samples(name, monkeypatch):
+  """Take two depths: tests of the released networks have all of them."""
+  whole = models.MODELS[name]
+  shallow = type('Shallow', (whole,), {'levels': whole.levels[:2]})
+  monkeypatch.setitem(models.MODELS, name, shallow)
   config = tiny(name)
   model = experiment.build(config)
   images = datasets.load(config.data, 'train').fetch(np.arange(256))
-  batches = np.split(images, 8)
+  batches = np.split(images, 16)
   optimizer = model.optimizer
 
   @jax.jit
@@ -133,7 +138,7 @@ def test_trains_and_samples(name):
   state, history = optimizer.init(params), []
   for i in range(96):
     rng = jax.random.key(i)
-    params, state, loss = step(params, state, rng, batches[i % 8])
+    params, state, loss = step(params, state, rng, batches[i % 16])
     history.append(float(loss))
   assert np.isfinite(history).all()
   # A score of zero everywhere has a loss of 64 / 2.
