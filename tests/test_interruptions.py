@@ -27,19 +27,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 FEW = {'training__n_iters': 8, 'training__snapshot_freq': 0}
 
 
-def points():
-  """Return the config of a model of points, which is compiled in no time."""
-  config = experiment.load_config(ROOT / 'configs' / 'toy' / 'rings_vp.py')
-  config.training.update(batch_size=16, n_iters=10_000, n_jitted_steps=1)
-  config.training.update(log_freq=1, eval_freq=0, snapshot_sampling=False)
-  return config
-
-
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
   """Return the workdir of eight steps, with the checkpoints 4 and 8."""
   workdir = tmp_path_factory.mktemp('finished') / 'run'
-  run_lib.train(tiny.get_config(**FEW), workdir)
+  run_lib.train(tiny.points(**FEW), workdir)
   return workdir
 
 
@@ -49,7 +41,7 @@ def losses(workdir):
 
 
 def ema(workdir, step):
-  model = experiment.build(tiny.get_config())
+  model = experiment.build(tiny.points())
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   like = jax.tree.map(
     lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding),
@@ -72,31 +64,6 @@ def no_training(*_):
 # ------------------------------------------------------------------- signals
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_stops(
-  finished, tmp_path, monkeypatch, capfd, number
-):
-  write = Log.write
-
-  def write_and_interrupt(self, step, **scalars):
-    write(self, step, **scalars)
-    if step == 5:
-      os.kill(os.getpid(), number)
-
-  before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-  with monkeypatch.context() as patch:
-    patch.setattr(Log, 'write', write_and_interrupt)
-    run_lib.train(tiny.get_config(**FEW), tmp_path)
-  after = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-  assert after == before
-  said = capfd.readouterr()
-  assert f'Stopped by {number.name}; step 6 is saved.' in said.out
-  assert f'{number.name}: the run saves and stops' in said.err
-  run_lib.train(tiny.get_config(**FEW), tmp_path)
-  assert 'Resuming at step 6.' in capfd.readouterr().out
-  assert_same(tmp_path, finished)
-
-
 def test_a_second_signal_stops_at_once():
   program = """
 import os, run_lib, signal, time
@@ -115,7 +82,7 @@ with run_lib._Interrupt():
 
 
 # Trains on one of two hosts. Arguments: workdir, number of this host, port. The
-# second host alone gets a signal.
+# second host alone gets signals: one after step 5, one after step 8.
 HOST = """
 import os, signal, sys
 import jax
@@ -123,30 +90,36 @@ workdir, host, port = sys.argv[1:]
 jax.config.update('jax_num_cpu_devices', 1)
 jax.distributed.initialize('127.0.0.1:' + port, 2, int(host))
 import run_lib
-from tests import test_interruptions
+from tests import tiny
+SENT = {5: signal.SIGTERM, 8: signal.SIGINT}
 class Watched(run_lib.Log):
   def write(self, step, **scalars):
     super().write(step, **scalars)
-    if step == 5 and host == '1':
-      os.kill(os.getpid(), signal.SIGNAME)
+    if step in SENT and host == '1':
+      os.kill(os.getpid(), SENT[step])
 run_lib.Log = Watched
-run_lib.train(test_interruptions.points(), workdir)
+never = {'training__eval_freq': 0, 'training__checkpoint_freq': 0}
+for _ in SENT:
+  run_lib.train(tiny.points(training__n_iters=10_000, **never), workdir)
 """
 
 
-@pytest.mark.parametrize('name', ['TERM', 'INT'])
-def test_a_signal_to_one_host_stops_all_at_the_same_step(tmp_path, name):
+def test_a_signal_to_one_host_stops_all_at_the_same_step(tmp_path):
   with socket.socket() as probe:
     probe.bind(('127.0.0.1', 0))
     port = probe.getsockname()[1]
-  program = HOST.replace('NAME', name)
-  hosts = [tiny.start(program, tmp_path, i, port) for i in range(2)]
+  hosts = [tiny.start(HOST, tmp_path, i, port) for i in range(2)]
   outputs = [host.communicate() for host in hosts]
   for host, (_, err) in zip(hosts, outputs, strict=True):
     assert host.returncode == 0, err
-  assert f'Stopped by SIG{name}; step 6 is saved.' in outputs[0][0]
+  for line in (
+    'Stopped by SIGTERM; step 6 is saved.',
+    'Resuming at step 6.',
+    'Stopped by SIGINT; step 9 is saved.',
+  ):
+    assert line in outputs[0][0]
   with Checkpoints(tmp_path) as saved:
-    assert saved.last == 6
+    assert saved.last == 9
   assert not (tmp_path / 'train.lock').exists()
 
 
@@ -154,7 +127,7 @@ def test_a_signal_to_one_host_stops_all_at_the_same_step(tmp_path, name):
 
 
 def test_two_trainings_in_one_workdir(finished):
-  config = tiny.get_config(**FEW | {'training__n_iters': 9})
+  config = tiny.points(**FEW | {'training__n_iters': 9})
   before = {p: p.stat().st_mtime_ns for p in finished.rglob('*')}
   with (
     lock(finished / 'train.lock'),
@@ -173,15 +146,15 @@ def test_a_run_that_never_began_claims_nothing(tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(run_lib, 'make_train_steps', lambda *_: no_training)
     with pytest.raises(ValueError, match='cannot be trained'):
-      run_lib.train(tiny.get_config(model__nf=4), workdir)
+      run_lib.train(tiny.points(model__nf=4), workdir)
   assert not workdir.exists()
   workdir.mkdir()
   with monkeypatch.context() as patch:
     patch.setattr(run_lib, 'make_train_steps', lambda *_: no_training)
     with pytest.raises(ValueError, match='cannot be trained'):
-      run_lib.train(tiny.get_config(model__nf=4), workdir)
+      run_lib.train(tiny.points(model__nf=4), workdir)
   assert not (workdir / 'config.json').exists()
-  run_lib.train(tiny.get_config(**FEW), workdir)
+  run_lib.train(tiny.points(**FEW), workdir)
   assert read_config(workdir)['model']['nf'] == 8
 
 
@@ -191,7 +164,7 @@ def test_a_first_step_that_is_not_finite_claims_nothing(tmp_path, monkeypatch):
 
   monkeypatch.setattr(run_lib, 'make_train_steps', make_train_steps)
   with pytest.raises(FloatingPointError, match='step 1 is not finite'):
-    run_lib.train(tiny.get_config(**FEW), tmp_path / 'run')
+    run_lib.train(tiny.points(**FEW), tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
 
 
@@ -201,7 +174,7 @@ def test_a_first_step_that_is_not_finite_claims_nothing(tmp_path, monkeypatch):
 def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(
   finished, tmp_path, capsys
 ):
-  run_lib.train(tiny.get_config(**FEW), tmp_path)
+  run_lib.train(tiny.points(**FEW), tmp_path)
   for path in (tmp_path / 'checkpoints' / '8').rglob('*'):
     if path.is_file() and path.parent.name == 'd':
       os.truncate(path, path.stat().st_size // 2)
@@ -209,7 +182,7 @@ def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(
   lines = log.read_bytes().splitlines(keepends=True)
   log.write_bytes(b''.join([*lines[:2], b'\xff\xfe no entry\n', *lines[2:]]))
   capsys.readouterr()
-  run_lib.train(tiny.get_config(**FEW), tmp_path)
+  run_lib.train(tiny.points(**FEW), tmp_path)
   said = capsys.readouterr().out
   assert f'warning: Checkpoint {tmp_path}/checkpoints/8 cannot be read' in said
   assert 'Resuming at step 4.' in said

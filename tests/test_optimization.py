@@ -17,7 +17,6 @@ from commands import evaluate, sample
 from configs import schema
 from runtime import options
 from tests import tiny
-from tests.test_interruptions import points
 
 # ------------------------------------------------------------------ schedules
 
@@ -99,8 +98,7 @@ def trained(config, workdir):
 
 
 def test_a_resumed_run_has_the_rates_of_one_without_a_stop(tmp_path):
-  config = points()
-  config.training.update(n_iters=6)
+  config = tiny.points(training__n_iters=6)
   config.optim.update(schedule='cosine', warmup=2, horizon=6)
   whole = trained(config, tmp_path / 'whole')
   config.training.n_iters = 3
@@ -344,10 +342,8 @@ STEPS_OF_RUN = 32
 
 
 def averaged_config(*lengths, n_iters=STEPS_OF_RUN):
-  config = points()
-  config.training.update(n_iters=n_iters, checkpoint_freq=4, snapshot_freq=4)
+  config = tiny.points(training__n_iters=n_iters, training__snapshot_freq=4)
   config.training.ema_lengths = lengths
-  config.optim.update(lr=1e-3, warmup=0)
   config.eval.update(enable_bpd=False, enable_sampling=False)
   return config
 

@@ -311,42 +311,43 @@ def test_killed_and_resumed(finished, tmp_path):
   assert_same(tmp_path, finished)
 
 
-@pytest.mark.parametrize('when', ['step', 'log'])
-def test_stopped_by_sigterm_and_resumed(
-  finished, tmp_path, monkeypatch, capsys, when
-):
-  terminate = lambda: os.kill(os.getpid(), signal.SIGTERM)
+def test_stopped_by_signals_and_resumed(finished, tmp_path, monkeypatch, capfd):
+  """One signal arrives during step 6, the other after what step 9 logs."""
+  send = lambda number: os.kill(os.getpid(), number)
 
   def make_train_steps(*args):
     train_steps = run_lib_make_train_steps(*args)
 
     def stopped(state, batches):
       if state.step == 5:
-        terminate()
+        send(signal.SIGTERM)
       return train_steps(state, batches)
 
     return stopped
 
   def write(self, step, **scalars):
-    reporting_write(self, step, **scalars)
-    if step == 5:
-      terminate()
+    log_write(self, step, **scalars)
+    if step == 9:
+      send(signal.SIGINT)
 
-  run_lib_make_train_steps = run_lib.make_train_steps
-  reporting_write = Log.write
-  with monkeypatch.context() as patch:
-    if when == 'step':
-      patch.setattr(run_lib, 'make_train_steps', make_train_steps)
-    else:
-      patch.setattr(Log, 'write', write)
-    before = signal.getsignal(signal.SIGTERM)
+  run_lib_make_train_steps, log_write = run_lib.make_train_steps, Log.write
+  handlers = lambda: [
+    signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)
+  ]
+  before = handlers()
+  monkeypatch.setattr(run_lib, 'make_train_steps', make_train_steps)
+  monkeypatch.setattr(Log, 'write', write)
+  for name, step in (('SIGTERM', 6), ('SIGINT', 10)):
     run_lib.train(CONFIG, tmp_path)
-    assert signal.getsignal(signal.SIGTERM) is before
-  assert 'Stopped by SIGTERM; step 6 is saved.' in capsys.readouterr().out
-  with Checkpoints(tmp_path) as saved:
-    assert saved.last == 6
+    said = capfd.readouterr()
+    assert f'Stopped by {name}; step {step} is saved.' in said.out
+    assert f'{name}: the run saves and stops' in said.err
+    assert handlers() == before
+    with Checkpoints(tmp_path) as saved:
+      assert saved.last == step
+  assert 'Resuming at step 6.' in said.out
   run_lib.train(CONFIG, tmp_path)
-  assert 'Resuming at step 6.' in capsys.readouterr().out
+  assert 'Resuming at step 10.' in capfd.readouterr().out
   assert_same(tmp_path, finished)
 
 

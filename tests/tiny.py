@@ -70,5 +70,9 @@ def get_config(**overrides):
 
 
 def points(**overrides):
-  """Return that of a run on points, whose programs compile in a second."""
-  return compose(ve, mlp, toy('rings'), RUN, dotted(overrides))
+  """Return that of a run on points, whose programs compile in a second.
+
+  Batches are large because a test loss takes as many points at a time.
+  """
+  few = {'training.batch_size': 128}
+  return compose(ve, mlp, toy('rings'), RUN, few, dotted(overrides))

@@ -16,7 +16,6 @@ from features import extract as extracting
 from runtime.files import load_npz, save_npz
 from tests import tiny
 from tests.commands.test_hosts import Brightness
-from tests.test_interruptions import points
 
 
 def weights(config, workdir, seed):
@@ -30,7 +29,7 @@ def weights(config, workdir, seed):
 
 
 def points_config():
-  config = points()
+  config = tiny.points()
   config.sampling.update(method='heun', num_steps=4, num_samples=12)
   config.sampling.update(rtol=0.1, atol=0.1)
   config.eval.update(enable_sampling=False, batch_size=1000)
