@@ -97,14 +97,22 @@ def trained(config, workdir):
   return [json.loads(line)['loss'] for line in lines], params
 
 
+def stopped(workdir, step):
+  """Return a copy of a workdir, of the time when it had done some steps."""
+  parts = workdir.with_name('parts')
+  shutil.copytree(workdir, parts)
+  for path in (parts / 'checkpoints').iterdir():
+    if int(path.name) > step:
+      shutil.rmtree(path)
+  assert (parts / 'checkpoints' / str(step)).exists()
+  return parts
+
+
 def test_a_resumed_run_has_the_rates_of_one_without_a_stop(tmp_path):
-  config = tiny.points(training__n_iters=6)
+  config = tiny.points(training__n_iters=6, training__checkpoint_freq=3)
   config.optim.update(schedule='cosine', warmup=2, horizon=6)
   whole = trained(config, tmp_path / 'whole')
-  config.training.n_iters = 3
-  trained(config, tmp_path / 'parts')
-  config.training.n_iters = 6
-  parts = trained(config, tmp_path / 'parts')
+  parts = trained(config, stopped(tmp_path / 'whole', 3))
   jax.tree.map(np.testing.assert_array_equal, parts, whole)
   config.optim.schedule = 'constant'
   other, _ = trained(config, tmp_path / 'other')
@@ -236,17 +244,18 @@ def test_muon_leaves_the_rest_to_adam():
   moved = []
   for cls in (optimization.Adam, optimization.Muon):
     optimizer = optimization.make_optimizer(cls(**settings))
-    moved.append(_step(optimizer, grads, params, optimizer.init(params))[0])
+    move = lambda p, o=optimizer: _step(o, grads, p, o.init(p))[0]
+    moved.append(jax.jit(move)(params))
   jax.tree.map(np.testing.assert_array_equal, *moved)
 
 
 def test_a_resumed_run_with_muon_is_as_one_without_a_stop(tmp_path):
-  changes = {'optim__optimizer': 'muon', 'training__noise': 'optimal'}
-  config = tiny.get_config(**changes, training__n_iters=4)
+  config = tiny.get_config(
+    optim__optimizer='muon', training__noise='optimal', training__n_iters=4,
+    training__checkpoint_freq=2, training__eval_freq=0,
+  )  # fmt: skip
   whole = trained(config, tmp_path / 'whole')
-  stopped = tiny.get_config(**changes, training__n_iters=2)
-  trained(stopped, tmp_path / 'parts')
-  parts = trained(config, tmp_path / 'parts')
+  parts = trained(config, stopped(tmp_path / 'whole', 2))
   jax.tree.map(np.testing.assert_array_equal, parts, whole)
   config.optim.optimizer = 'adam'
   with pytest.raises(ValueError, match="with config.optim.optimizer='muon'"):
@@ -341,8 +350,11 @@ def test_any_length_is_combined_from_two():
 STEPS_OF_RUN = 32
 
 
-def averaged_config(*lengths, n_iters=STEPS_OF_RUN):
-  config = tiny.points(training__n_iters=n_iters, training__snapshot_freq=4)
+def averaged_config(*lengths, n_iters=STEPS_OF_RUN, every=4):
+  config = tiny.points(
+    training__n_iters=n_iters, training__snapshot_freq=every,
+    training__checkpoint_freq=0, training__eval_freq=0,
+  )  # fmt: skip
   config.training.ema_lengths = lengths
   config.eval.update(enable_bpd=False, enable_sampling=False)
   return config
@@ -362,7 +374,7 @@ def flat(workdir, length=None):
 
 
 def test_a_run_has_averages_of_any_length(averaged, tmp_path, capsys):
-  run_lib.train(averaged_config(0.08), tmp_path / 'whole')
+  run_lib.train(averaged_config(0.08, every=16), tmp_path / 'whole')
   tracked = flat(tmp_path / 'whole', 0.08)
   combined = flat(averaged, 0.08)
   assert (
@@ -371,16 +383,15 @@ def test_a_run_has_averages_of_any_length(averaged, tmp_path, capsys):
   scale = np.abs(flat(averaged, 0.05) - tracked).max()
   assert np.abs(combined - tracked).max() < 0.1 * scale
   # A kept length is what was kept, and the constant average is as before.
-  config = averaged_config()
-  run_lib.train(config, tmp_path / 'plain')
+  run_lib.train(averaged_config(every=16), tmp_path / 'plain')
   np.testing.assert_array_equal(flat(tmp_path / 'plain'), flat(averaged))
   # A stop changes nothing.
-  run_lib.train(averaged_config(0.08, n_iters=14), tmp_path / 'parts')
-  run_lib.train(averaged_config(0.08), tmp_path / 'parts')
-  np.testing.assert_array_equal(flat(tmp_path / 'parts', 0.08), tracked)
+  parts = stopped(tmp_path / 'whole', 16)
+  run_lib.train(averaged_config(0.08, every=16), parts)
+  np.testing.assert_array_equal(flat(parts, 0.08), tracked)
   # Averages begin at the first step or not at all.
   with pytest.raises(ValueError, match=r'no averages of the lengths \[0.1\]'):
-    run_lib.train(averaged_config(0.08, 0.1, n_iters=40), tmp_path / 'parts')
+    run_lib.train(averaged_config(0.08, 0.1, n_iters=40), parts)
   with pytest.raises(ValueError, match='config.eval.ema_length needs averages'):
     flat(tmp_path / 'plain', 0.08)
 
