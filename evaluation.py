@@ -506,6 +506,17 @@ def _directions(dims: int, count: int) -> np.ndarray:
   return normal / np.linalg.norm(normal, axis=0)
 
 
+def _quantiles(x, levels):
+  """Return the quantiles [L, D] of columns of x [N, D].
+
+  One sort is a hundred times faster than `np.quantile` at thousands of levels.
+  """
+  x, at = np.sort(x, axis=0), levels * (len(x) - 1)
+  low = at.astype(int)
+  share = (at - low)[:, None]
+  return (1 - share) * x[low] + share * x[np.minimum(low + 1, len(x) - 1)]
+
+
 def sliced_wasserstein(
   x: Real[ArrayLike, 'N D'], y: Real[ArrayLike, 'M D'], *, directions: int = 128
 ) -> float:
@@ -525,7 +536,7 @@ def sliced_wasserstein(
   """
   axes = _directions(np.shape(x)[1], directions)
   levels = (np.arange(min(len(x), len(y))) + 0.5) / min(len(x), len(y))
-  a, b = (np.quantile(np.asarray(v) @ axes, levels, axis=0) for v in (x, y))
+  a, b = (_quantiles(np.asarray(v) @ axes, levels) for v in (x, y))
   return float(np.sqrt(np.mean((a - b) ** 2)))
 
 

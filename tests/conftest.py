@@ -47,3 +47,12 @@ def forget_programs():
   """
   yield
   jax.clear_caches()
+
+
+@pytest.fixture(scope='module')
+def quick_network():
+  """Let `tests.tiny.get_config` have a network that compiles in a second."""
+  from tests import tiny  # After the hook for annotations.
+
+  with tiny.quick_network():
+    yield

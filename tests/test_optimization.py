@@ -249,7 +249,9 @@ def test_muon_leaves_the_rest_to_adam():
   jax.tree.map(np.testing.assert_array_equal, *moved)
 
 
-def test_a_resumed_run_with_muon_is_as_one_without_a_stop(tmp_path):
+def test_a_resumed_run_with_muon_is_as_one_without_a_stop(
+  quick_network, tmp_path
+):
   config = tiny.get_config(
     optim__optimizer='muon', training__noise='optimal', training__n_iters=4,
     training__checkpoint_freq=2, training__eval_freq=0,

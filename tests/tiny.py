@@ -7,8 +7,13 @@ import os
 import pathlib
 import subprocess
 import sys
+from unittest import mock
 
+import flax.linen as nn
+
+import models
 from configs.base import compose, mlp, ncsnpp, toy, ve
+from models import layers
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Compiled programs of the tests, of subprocesses as well.
@@ -67,6 +72,28 @@ def dotted(overrides):
 def get_config(**overrides):
   """Return the config; overrides are dotted keys with __ for the dot."""
   return compose(ve, ncsnpp, DIGITS, RUN, dotted(overrides))
+
+
+class Convolutions(models.NCSNpp):
+  """Two convolutions that are configured and told the same as NCSN++."""
+
+  @nn.compact
+  def __call__(self, x, cond, label=None, *_, train, augment=None):
+    del train, augment
+    told = self.noise_features(cond)
+    if self.num_labels:
+      told = layers.add_label(told, label, self.num_labels)
+    told = nn.Dense(self.nf)(told)[:, None, None]
+    h = nn.tanh(nn.Conv(self.nf, (3, 3))(x) + told)
+    return nn.Conv(x.shape[-1], (3, 3))(h)
+
+
+def quick_network():
+  """Return a context in which `Convolutions` take the place of NCSN++.
+
+  It is for tests of files and commands: NCSN++ compiles for many seconds.
+  """
+  return mock.patch.dict(models.MODELS, ncsnpp=Convolutions)
 
 
 def points(**overrides):

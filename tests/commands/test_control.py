@@ -21,6 +21,9 @@ from experiment import load_config
 from runtime.files import load_npz
 from tests import tiny
 
+# The network does not matter here.
+pytestmark = pytest.mark.usefixtures('quick_network')
+
 
 def get_config(**overrides):
   """Return the config of `tiny.get_config` with a few test images."""

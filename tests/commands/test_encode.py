@@ -163,7 +163,7 @@ def test_points_have_nats(monkeypatch):
     experiment.build(config)
 
 
-def test_encode_mode(tmp_path, capsys):
+def test_encode_mode(quick_network, tmp_path, capsys):
   """Ends of interpolations, and temperature 1, are the images."""
   config = tiny.get_config(training__n_iters=2)
   run_lib.train(config, tmp_path)

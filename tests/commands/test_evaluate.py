@@ -13,16 +13,18 @@ from PIL import Image
 import evaluation
 import experiment
 import run_lib
-from checkpoints import formats
-from checkpoints.workdir import Checkpoints, restore_ema
+from checkpoints.workdir import restore_ema
 from commands import evaluate, exchange, sample, stats, trained
 from data import datasets, pixels
 from features import extract as extracting
 from features import statistics
-from runtime.devices import make_layout, replicated, to_global
+from runtime.devices import make_layout
 from runtime.files import load_npz, save_npz
 from solvers.base import Samples
-from tests import golden, tiny
+from tests import tiny
+
+# The network does not matter here.
+pytestmark = pytest.mark.usefixtures('quick_network')
 
 
 class Pixels:
@@ -42,7 +44,7 @@ class Pixels:
 def get_config():
   config = tiny.get_config()
   config.eval.update(batch_size=100, num_samples=250, bpd_repeats=2)
-  config.eval.update(enable_bpd=True, bpd_probes=2)
+  config.eval.update(enable_bpd=True, bpd_probes=4)
   config.sampling.update(corrector='none', num_steps=4, rtol=1e-2, atol=1e-2)
   return config
 
@@ -61,6 +63,8 @@ if process:
 from commands import evaluate, stats
 from features import extract
 from tests.commands import test_evaluate
+from tests import tiny
+tiny.quick_network().start()
 extract.extractor = stats.extractor = lambda chosen: test_evaluate.Pixels()
 save, saved = evaluate.save_npz, []
 def save_and_die(path, **arrays):
@@ -504,73 +508,6 @@ def test_export_and_import_are_a_round_trip(run, tmp_path):
 
 def tree_equal(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
-def reduced_release(dataset):
-  """Return (config, path) of a file of the paper's JAX release, reduced."""
-  config = experiment.load_config('configs/ve/ffhq_256_ncsnpp_continuous.py')
-  config.model.update(
-    nf=8, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(8,),
-    dropout=0.0,
-  )  # fmt: skip
-  config.data.update(dataset='npz', path=str(dataset), image_size=16)
-  config.training.update(batch_size=4, n_iters=4, n_jitted_steps=1)
-  config.training.snapshot_sampling = False
-  return config, golden.DATA / 'released_jax.checkpoint'
-
-
-def test_released_checkpoint_becomes_a_run(tmp_path):
-  """The run has all that training continues from, bit by bit."""
-  config, path = reduced_release('unused.npz')
-  exchange.import_released(config, tmp_path / 'run', path)
-  model, layout = experiment.build(config), make_layout()
-  found = formats.load(path, model.network, model.shape(1))
-  init, _ = run_lib.make_init(model, layout)
-  like = jax.eval_shape(init, model.abstract_params())
-  like = replicated(like, layout)
-  with Checkpoints(tmp_path / 'run') as saved:
-    assert saved.steps == [3]
-    state = saved.restore(3, run_lib.without_ema(like), 'state')
-    tree_equal(saved.restore(3, like.ema, 'ema'), found.ema_params)
-  assert int(state['step']) == 3
-  tree_equal(state['params'], found.params)
-  # Adam's mu, nu and count, and the schedule's count.
-  moments = formats.optimizer_state(model.optimizer, found)
-  tree_equal(state['opt_state'], moments)
-  counts = [v for v in jax.tree.leaves(state['opt_state']) if not v.ndim]
-  assert [int(v) for v in counts] == [3, 3]
-
-
-@pytest.mark.slow  # compiles a training step, on two cores for a minute
-def test_training_goes_on_from_a_released_checkpoint(tmp_path):
-  """Training makes the step that follows the state in the file."""
-  rng = np.random.default_rng(0)
-  images = rng.integers(0, 256, (8, 16, 16, 3), np.uint8)
-  np.savez(tmp_path / 'data.npz', x_train=images, x_test=images)
-  config, path = reduced_release(tmp_path / 'data.npz')
-  exchange.import_released(config, tmp_path / 'run', path)
-  run_lib.train(config, tmp_path / 'run')
-  model = experiment.build(config)
-  like = model.abstract_params()
-  with Checkpoints(tmp_path / 'run') as saved:
-    assert saved.last == 4
-  ema = restore_ema(tmp_path / 'run', like)
-
-  found = formats.load(path, model.network, model.shape(1))
-  layout = make_layout()
-  state = run_lib.TrainState(
-    np.int32(3),
-    found.params,
-    formats.optimizer_state(model.optimizer, found),
-    found.ema_params,
-  )
-  state = jax.device_put(jax.tree.map(jnp.asarray, state), layout.replicated)
-  fetch = run_lib.make_fetch(model, datasets.load(config.data, 'train'))
-  batches = to_global(layout.microbatches, fetch(3))
-  state, _ = run_lib.make_train_steps(model, layout)(state, batches)
-  tree_equal(ema, state.ema)
-  moved = jax.tree.map(lambda a, b: (a != b).any(), ema, found.ema_params)
-  assert any(jax.tree.leaves(moved))
 
 
 def test_notebook_from_an_exported_file(run, tmp_path):

@@ -97,6 +97,15 @@ def test_distances_of_shifted_points():
   np.testing.assert_allclose(far, 2 * 100 - 2 * np.sqrt(np.pi), rtol=2e-3)
 
 
+def test_quantiles_are_those_of_numpy():
+  x, levels = (
+    np.random.default_rng(0).normal(size=(50, 3)),
+    np.linspace(0, 1, 71),
+  )
+  want = np.quantile(x, levels, axis=0)
+  np.testing.assert_allclose(evaluation._quantiles(x, levels), want, rtol=1e-12)
+
+
 @pytest.mark.parametrize('method', ['ula', 'mala', 'annealed_langevin'])
 def test_langevin_samplers(method):
   """Langevin samplers of the table have the moments of a marginal."""

@@ -17,6 +17,9 @@ from tests import tiny
 from tests.data.shared import numbered
 from tests.data.test_folders import folder_of
 
+# The network does not matter here.
+pytestmark = pytest.mark.usefixtures('quick_network')
+
 
 def config(path, steps, **changes):
   """Return a run of a network that is told two classes, on a folder."""
