@@ -10,6 +10,7 @@ import sys
 from unittest import mock
 
 import flax.linen as nn
+import jax.numpy as jnp
 
 import models
 from configs.base import compose, mlp, ncsnpp, toy, ve
@@ -84,8 +85,11 @@ class Convolutions(models.NCSNpp):
     if self.num_labels:
       told = layers.add_label(told, label, self.num_labels)
     told = nn.Dense(self.nf)(told)[:, None, None]
+    # Smooth at all noise levels, so that ODEs can be solved back and forth.
+    x = x / jnp.sqrt(1 + cond**2)[:, None, None, None]
     h = nn.tanh(nn.Conv(self.nf, (3, 3))(x) + told)
-    return nn.Conv(x.shape[-1], (3, 3))(h)
+    init = layers.default_init(self.init_scale)
+    return nn.Conv(x.shape[-1], (3, 3), kernel_init=init)(h)
 
 
 def quick_network():
