@@ -176,8 +176,10 @@ EXACT = {
     for path in (ROOT / 'configs').glob('*/**/*.py')
   ),
 )
-def test_every_config_is_exact_or_refused(path):
+def test_every_config_is_exact_or_refused(path, monkeypatch):
   """At full size: all parameters have a place there, or one line says why."""
+  # tests/configs has checked it; most are refused without being traced.
+  monkeypatch.setattr(experiment, '_check', lambda model: None)
   model = load_model(path)
   if path not in EXACT:
     with pytest.raises(ValueError, match='cannot be this network exactly') as e:
