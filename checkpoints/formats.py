@@ -74,7 +74,8 @@ def load(path, network, shape) -> Released:
   path = _existing(path)
   params = models.abstract_params(network, tuple(shape[1:]))
   shapes = {
-    path: like.shape for path, like in traverse_util.flatten_dict(params).items()
+    path: like.shape
+    for path, like in traverse_util.flatten_dict(params).items()
   }
   with open(path, 'rb') as stream:
     start = stream.read(9)

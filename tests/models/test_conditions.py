@@ -1,6 +1,5 @@
 """How conditions enter networks, and what stands for none."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
