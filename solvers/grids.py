@@ -7,12 +7,12 @@ and times for every process.
 
 import abc
 import dataclasses
+import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Float, Real
+from jaxtyping import Float, PyTree, Real
 
 import sde_lib
 from runtime.options import Options, option
@@ -20,21 +20,45 @@ from runtime.options import Options, option
 Count = int | np.integer
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _compiled(sde, method, v):
+  return getattr(sde, method)(v)
+
+
+def float64(
+  sde: sde_lib.SDE, method: str, v: Real[ArrayLike, '*T']
+) -> PyTree[Float[np.ndarray, '*T']]:
+  """Return sde.method(v) in float64 numpy, while a program is traced as well.
+
+  The values are filled up to a power of two, so that grids of about the same
+  length share one compiled program.
+
+  Args:
+    sde: the process.
+    method: name of a function of single times, such as 'marginal'.
+    v: its argument.
+  """
+  v = np.asarray(v, np.float64)
+  filled = np.resize(v, 1 << max(v.size - 1, 63).bit_length())
+  with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+    found = _compiled(sde, method, filled)
+    return jax.tree.map(
+      lambda f: np.asarray(f, np.float64)[: v.size].reshape(v.shape), found
+    )
+
+
 def half_log_snr(
   sde: sde_lib.SDE, t: Real[ArrayLike, '*T']
 ) -> Float[ArrayLike, '*T']:
   """Return lambda = log(alpha / sigma) at times t, in float64 numpy."""
-  with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-    return 0.5 * np.asarray(sde.log_snr(jnp.asarray(t, jnp.float64)))
+  return 0.5 * float64(sde, 'log_snr', t)
 
 
 def marginal(
   sde: sde_lib.SDE, t: Real[ArrayLike, '*T']
 ) -> tuple[Float[np.ndarray, '*T'], Float[np.ndarray, '*T']]:
   """Return (alpha, sigma) at times t, in float64 numpy."""
-  with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-    alpha, sigma = sde.marginal(jnp.asarray(t, jnp.float64))
-    return np.asarray(alpha, np.float64), np.asarray(sigma, np.float64)
+  return float64(sde, 'marginal', t)
 
 
 def _labels(t, num_scales):
@@ -55,9 +79,7 @@ def times(
   """
   lam = np.asarray(lam)
   if not num_scales:
-    with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-      t = sde.time(2 * jnp.asarray(lam, jnp.float64))
-      return np.asarray(t, np.float32)
+    return float64(sde, 'time', 2 * lam).astype(np.float32)
   all_times = np.linspace(0, 1, num_scales)
   distance = np.abs(half_log_snr(sde, all_times) - lam[..., None])
   return all_times[distance.argmin(-1)].astype(np.float32)

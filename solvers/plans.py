@@ -495,8 +495,7 @@ class FlowHeun(PlanSampler):
 
   def plan(self, sde: sde_lib.SDE, t: Float[np.ndarray, ' N']) -> Plan:
     alpha, sigma = grids.marginal(sde, t)
-    with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-      f, g = map(np.asarray, sde.coefficients(jnp.asarray(t, jnp.float64)))
+    f, g = grids.float64(sde, 'coefficients', t)
     # v = a x + b D, with the score (alpha D - x) / sigma^2 of a prediction D.
     a = f + 0.5 * (g / sigma) ** 2
     b = -0.5 * (g / sigma) ** 2 * alpha

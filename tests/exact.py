@@ -8,6 +8,12 @@ import numpy as np
 from jax.scipy.special import logsumexp
 
 
+def optimized(function):
+  """Compile a function of many steps with the optimization that tests omit."""
+  options = {'xla_backend_optimization_level': 1}
+  return jax.jit(function, compiler_options=options)
+
+
 @dataclasses.dataclass(frozen=True)
 class Mixture:
   """Mixture sum_k weights_k N(means_k, std^2 I), with means [K, D]."""

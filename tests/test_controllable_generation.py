@@ -23,16 +23,15 @@ name = lambda sde: type(sde).__name__
 
 def gaussian_score(mean, cov):
   """Return sde -> the exact score of its marginals for data N(mean, cov)."""
-  mean, cov = jnp.float32(mean), jnp.float32(cov)
+  # The noise is the same in all directions, so the axes of `cov` stay.
+  variances, axes = (np.float32(v) for v in np.linalg.eigh(cov))
+  mean = np.float32(mean)
 
   def make(sde):
     def score(x, t):
-      alpha, sigma = sde.marginal(t)
-      eye = jnp.eye(len(mean))[None]
-      marginal = (alpha**2)[:, None, None] * cov[None]
-      marginal = marginal + (sigma**2)[:, None, None] * eye
-      delta = x - alpha[:, None] * mean[None]
-      return -jnp.linalg.solve(marginal, delta[..., None])[..., 0]
+      alpha, sigma = (v[:, None] for v in sde.marginal(t))
+      along_axes = (x - alpha * mean[None]) @ axes
+      return -along_axes / (alpha**2 * variances[None] + sigma**2) @ axes.T
 
     return score
 
@@ -47,7 +46,7 @@ def posterior(mean, cov, matrix, y, noise_std):
 
 
 def linear(matrix):
-  return lambda x: x @ jnp.float32(matrix).T
+  return lambda x: x @ np.float32(matrix).T
 
 
 def assert_moments(x, mean, cov, *, bias):
@@ -70,17 +69,15 @@ fast = sampling.SAMPLERS['dpmpp_2m'](
 
 
 def run(sampler, sde, score_fn, dims):
-  """Return samples [BATCH, dims], not optimised because they run once."""
+  """Return samples [BATCH, dims]."""
 
+  @jax.jit
   def program(rng):
     rng, rng_prior = jax.random.split(rng)
     z = sde.prior_sample(rng_prior, (BATCH, dims))
     return sampler(rng, score_fn, sde, z).x
 
-  options = {'xla_backend_optimization_level': 0}
-  return np.asarray(
-    jax.jit(program, compiler_options=options)(jax.random.key(0))
-  )
+  return np.asarray(program(jax.random.key(0)))
 
 
 # Each guidance is tested with three samplers and three processes.
@@ -103,7 +100,7 @@ def test_pigdm_samples_the_posterior(sde, sampler):
   method = control.PiGDM(data_std=PRIOR_STD, noise_std=noise_std, ramp=0.0)
   guided = method(
     PRIOR(sde), sde, operator=linear(TWO_OF_THREE),
-    y=jnp.tile(jnp.float32(y), (BATCH, 1)),
+    y=np.tile(np.float32(y), (BATCH, 1)),
   )  # fmt: skip
   x = run(sampler, sde, guided, 3)
   truth = posterior(PRIOR_MEAN, PRIOR_COV, TWO_OF_THREE, y, noise_std)
@@ -116,7 +113,7 @@ def test_projection_samples_the_posterior(sde, sampler):
   mask, y = np.array([True, False, True]), np.array([0.9, -0.8])
   guided = control.Projection()(
     PRIOR(sde), sde, operator=control.Inpaint(mask=mask),
-    y=jnp.tile(jnp.float32(y), (BATCH, 1)),
+    y=np.tile(np.float32(y), (BATCH, 1)),
   )  # fmt: skip
   x = run(sampler, sde, guided, 3)
   np.testing.assert_allclose(x[:, mask], np.tile(y, (BATCH, 1)), atol=1e-4)
@@ -132,7 +129,7 @@ def test_dps_samples_the_posterior_of_a_sure_prior(sde, sampler):
   matrix, y = np.array([[1.0, 0.0]]), np.array([8.0])
   guided = control.DPS(noise_std=noise_std, ramp=0.0)(
     gaussian_score(mean, cov)(sde), sde, operator=linear(matrix),
-    y=jnp.tile(jnp.float32(y), (BATCH, 1)),
+    y=np.tile(np.float32(y), (BATCH, 1)),
   )  # fmt: skip
   truth = posterior(mean, cov, matrix, y, noise_std)
   assert truth[0][0] > 0.3  # One standard deviation away from the prior.
@@ -181,7 +178,7 @@ def labelled_score(sde):
 @PAIRS
 def test_labels_sample_the_class(sde, sampler):
   guided = control.ClassifierFree()(
-    labelled_score(sde), sde, label=jnp.ones(BATCH, jnp.int32)
+    labelled_score(sde), sde, label=np.ones(BATCH, np.int32)
   )
   x = run(sampler, sde, guided, 2)
   assert_moments(x, CLASSES.means[1], 0.4**2 * np.eye(2), bias=0.04)
@@ -191,8 +188,8 @@ def test_labels_sample_the_class(sde, sampler):
 
 
 def states(dims):
-  x = 2 * jax.random.normal(jax.random.key(1), (64, dims))
-  return x, jnp.linspace(0.02, 1.0, 64)
+  x = 2 * np.random.default_rng(1).standard_normal((64, dims))
+  return np.float32(x), np.linspace(0.02, 1.0, 64, dtype=np.float32)
 
 
 @pytest.mark.parametrize('sde', [VE, VP, SUBVP], ids=name)
@@ -202,11 +199,12 @@ def test_pigdm_is_the_conditional_score(sde, noise_std):
   method = control.PiGDM(data_std=PRIOR_STD, noise_std=noise_std, ramp=0.0)
   guided = method(
     PRIOR(sde), sde, operator=linear(TWO_OF_THREE),
-    y=jnp.tile(jnp.float32(y), (64, 1)),
+    y=np.tile(np.float32(y), (64, 1)),
   )  # fmt: skip
   truth = posterior(PRIOR_MEAN, PRIOR_COV, TWO_OF_THREE, y, noise_std)
   x, t = states(3)
-  got, wanted = guided(x, t), gaussian_score(*truth)(sde)(x, t)
+  exact = gaussian_score(*truth)(sde)
+  got, wanted = jax.jit(lambda x, t: (guided(x, t), exact(x, t)))(x, t)
   scale = np.abs(wanted).max(-1, keepdims=True)
   np.testing.assert_allclose(got / scale, wanted / scale, atol=5e-3)
 
@@ -216,39 +214,49 @@ def test_ramp_weighs_the_guidance(method):
   """The weight is 1 / (1 + (ramp sigma / alpha)^2), which fades near t = 1."""
   x, t = states(3)
   data_std = {'data_std': 1.0} if method == 'pigdm' else {}
-  guided = lambda ramp=0.0: control.METHODS[method](
-    noise_std=0.3, ramp=ramp, **data_std
-  )(
-    PRIOR(VP), VP, operator=linear(TWO_OF_THREE), y=jnp.ones((64, 2))
-  )(x, t) - PRIOR(VP)(x, t)  # fmt: skip
+
+  def guidance(x, t, ramp):
+    found = control.METHODS[method](noise_std=0.3, ramp=ramp, **data_std)
+    operator, y = linear(TWO_OF_THREE), np.ones((64, 2), np.float32)
+    score_fn = found(PRIOR(VP), VP, operator=operator, y=y)
+    return score_fn(x, t) - PRIOR(VP)(x, t)
+
+  full, ramped = jax.jit(
+    lambda x, t: [guidance(x, t, ramp) for ramp in (0.0, 0.5)]
+  )(x, t)
   alpha, sigma = (np.asarray(v)[:, None] for v in VP.marginal(t))
   weight = alpha**2 / (alpha**2 + 0.25 * sigma**2)
   assert weight[0] > 0.99 and weight[-1] < 1e-3
-  np.testing.assert_allclose(
-    guided(ramp=0.5), weight * guided(), rtol=1e-3, atol=1e-4
-  )
+  np.testing.assert_allclose(ramped, weight * full, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize('sde', [VE, VP, SUBVP], ids=name)
 def test_guidance_scales(sde):
   """Scales 0 and 1 give the two scores; the score is linear in the scale."""
   score_fn, (x, t) = labelled_score(sde), states(2)
-  label = jnp.arange(64) % 2
-  guided = lambda scale: control.ClassifierFree(scale=scale)(
-    score_fn, sde, label=label
-  )(x, t)
-  free, given = score_fn(x, t), score_fn(x, t, label)
-  np.testing.assert_array_equal(guided(0.0), free)
-  np.testing.assert_array_equal(guided(1.0), given)
-  np.testing.assert_allclose(guided(3.0), 3 * given - 2 * free, rtol=1e-3)
+  label = np.arange(64) % 2
+
+  def labels(scale, label):
+    return control.ClassifierFree(scale=scale)(score_fn, sde, label=label)
+
   # By Bayes' rule an exact classifier gives the same score as the labels.
   bayes = control.ClassifierGuidance(scale=3.0)(
     score_fn, sde, log_prob=log_prob(sde, 1)
   )
-  ones = control.ClassifierFree(scale=3.0)(
-    score_fn, sde, label=jnp.ones(64, jnp.int32)
+  scores = [
+    score_fn,
+    lambda x, t: score_fn(x, t, label),
+    *(labels(scale, label) for scale in (0.0, 1.0, 3.0)),
+    bayes,
+    labels(3.0, np.ones(64, np.int32)),
+  ]
+  free, given, none, one, three, bayes, ones = map(
+    np.asarray, jax.jit(lambda x, t: [f(x, t) for f in scores])(x, t)
   )
-  np.testing.assert_allclose(bayes(x, t), ones(x, t), rtol=1e-3, atol=1e-3)
+  np.testing.assert_array_equal(none, free)
+  np.testing.assert_array_equal(one, given)
+  np.testing.assert_allclose(three, 3 * given - 2 * free, rtol=1e-3)
+  np.testing.assert_allclose(bayes, ones, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize('scale', [0.5, 2.0])
@@ -258,7 +266,7 @@ def test_guidance_of_a_gaussian_pair(scale):
   pair = [gaussian_score(*g)(VP) for g in (free, given)]
   score_fn = lambda x, t, *label: pair[len(label)](x, t)
   guided = control.ClassifierFree(scale=scale)(
-    score_fn, VP, label=jnp.zeros(64, jnp.int32)
+    score_fn, VP, label=np.zeros(64, np.int32)
   )
   x, t = states(2)
   alpha, sigma = (np.asarray(v)[:, None] for v in VP.marginal(t))
@@ -269,7 +277,8 @@ def test_guidance_of_a_gaussian_pair(scale):
   precision = sum(weights)
   mean = weights[1] * alpha / precision
   wanted = -(x - mean) * precision
-  np.testing.assert_allclose(guided(x, t), wanted, rtol=1e-4, atol=1e-4)
+  got = jax.jit(guided)(x, t)
+  np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_projection_of_a_correlated_prior_is_an_approximation():
@@ -312,55 +321,71 @@ def operator(which):
 
 
 def image(seed):
-  return jax.random.normal(jax.random.key(seed), SHAPE)
+  rng = np.random.default_rng(seed)
+  return jnp.asarray(rng.standard_normal(SHAPE), jnp.float32)
 
 
 @pytest.mark.parametrize('which', control.OPERATORS)
 def test_operator(which):
   """Linear operators have an adjoint, and orthonormal ones A A^T = I."""
   a, x = operator(which), image(0)
-  y = a(x)
   if which in ('overexposed', 'phase_retrieval', 'own'):
+    jax.eval_shape(a, x)
     return
-  v = control.noise_like(jax.random.key(1), y)
   adjoint = control.transpose(a, SHAPE)
+
+  @jax.jit
+  def program(x):
+    y = a(x)
+    v = control.noise_like(jax.random.key(1), y)
+    seen = y if which == 'fourier' else v  # The range of A.
+    return y, v, adjoint(v), seen, a(adjoint(seen))
+
+  y, v, back, seen, again = program(x)
   np.testing.assert_allclose(
-    jnp.vdot(y, v).real, jnp.vdot(x, adjoint(v)), rtol=1e-4, atol=1e-4
+    np.vdot(y, v).real, np.vdot(x, back), rtol=1e-4, atol=1e-4
   )
   if control.OPERATORS[which].orthonormal:
-    v = y if which == 'fourier' else v  # It is so on the range of A only.
-    np.testing.assert_allclose(a(adjoint(v)), v, atol=1e-6)
+    np.testing.assert_allclose(again, seen, atol=1e-6)
 
 
 def test_operators_values():
-  x = jnp.float32(np.linspace(-1, 1, 2 * 8 * 8 * 3).reshape(SHAPE))
-  np.testing.assert_array_equal(operator('inpaint')(x), x[:, MASK])
+  x = np.linspace(-1, 1, 2 * 8 * 8 * 3, dtype=np.float32).reshape(SHAPE)
+  names = [name for name in control.OPERATORS if name not in ('own', 'fourier')]
+  apply = jax.jit(lambda x: {name: operator(name)(x) for name in names})
+  seen, shifted = apply(x), apply(np.roll(x, (3, 5), (1, 2)))
+  np.testing.assert_array_equal(seen['inpaint'], x[:, MASK])
   np.testing.assert_allclose(
-    operator('colorize')(x), x.mean(-1) * np.sqrt(3), rtol=1e-5, atol=1e-6
+    seen['colorize'], x.mean(-1) * np.sqrt(3), rtol=1e-5, atol=1e-6
   )
   np.testing.assert_allclose(
-    operator('super_resolution')(x)[0, 0, 1, 2],
+    seen['super_resolution'][0, 0, 1, 2],
     4 * x[0, :4, 4:, 2].mean(), rtol=1e-5,
   )  # fmt: skip
-  flat = jnp.full(SHAPE, 0.3)
-  np.testing.assert_allclose(operator('deblur')(flat), 0.3, rtol=1e-5)
-  assert operator('deblur')(x).std() < x.std()
-  bright = operator('overexposed')(x)  # tanh(2 x) of x in [0, 1].
-  np.testing.assert_allclose(bright, 2 * np.tanh(x + 1) - 1, atol=1e-6)
-  shifted = jnp.roll(x, (3, 5), (1, 2))
+  flat = apply(np.full(SHAPE, 0.3, np.float32))
+  np.testing.assert_allclose(flat['deblur'], 0.3, rtol=1e-5)
+  assert seen['deblur'].std() < x.std()
+  # tanh(2 x) of x in [0, 1].
   np.testing.assert_allclose(
-    operator('phase_retrieval')(shifted), operator('phase_retrieval')(x),
-    atol=1e-4,
-  )  # fmt: skip
+    seen['overexposed'], 2 * np.tanh(x + 1) - 1, atol=1e-6
+  )
+  np.testing.assert_allclose(
+    shifted['phase_retrieval'], seen['phase_retrieval'], atol=1e-4
+  )
 
 
 @pytest.mark.parametrize('which', control.OPERATORS)
 def test_pictures_of_noisy_measurements(which):
   """Pictures have no NaN, although noise makes magnitudes negative."""
   a = operator(which)
-  y = a(image(0))
-  y = y + 2 * jax.random.normal(jax.random.key(1), y.shape)
-  shown = a.picture(y, SHAPE)
+
+  @jax.jit
+  def shown(x):
+    y = a(x)
+    y = y + 2 * jax.random.normal(jax.random.key(1), y.shape)
+    return a.picture(y, SHAPE)
+
+  shown = shown(image(0))
   assert shown.shape == SHAPE and np.isfinite(shown).all()
 
 
@@ -368,7 +393,6 @@ def test_pictures_of_noisy_measurements(which):
 def test_known_values_are_returned_exactly(which):
   """This holds for a wrong score, a corrector, and both kinds of noise."""
   a, x0 = operator(which), 0.5 * image(0)
-  y = a(x0)
   wrong = lambda x, t: -x  # The score of N(0, I), which x0 is no sample of.
   z = image(1)
   sampler = sampling.PC(
@@ -378,37 +402,38 @@ def test_known_values_are_returned_exactly(which):
 
   @jax.jit
   def sample(key):
-    found = []
+    found, y = [], a(x0)
     for fresh in (False, True):
       method = control.Projection(fresh_noise=fresh, seed=5)
-      guided = method(wrong, VP, operator=a, y=y)
-      found.append(sampler(key, guided, VP, z).x)
+      x = sampler(key, method(wrong, VP, operator=a, y=y), VP, z).x
+      found.append((x, a(x) - y))
     return found
 
-  for x in sample(jax.random.key(0)):
-    np.testing.assert_allclose(a(x), y, atol=2e-6)
+  for x, difference in sample(jax.random.key(0)):
+    np.testing.assert_allclose(difference, 0, atol=2e-6)
     assert np.abs(x - x0).max() > 0.5
 
 
 @pytest.mark.parametrize('method', ['dps', 'pigdm'])
 def test_nonlinear_measurements_are_met(method):
   """A photograph with saturated highlights is met within the noise."""
-  truth = 0.5 * image(3)[:1]
+  truth, z = 0.5 * image(3)[:1], image(2)[:1]
   a, noise_std = operator('overexposed'), 0.1
-  y = a(truth)
   options = {'data_std': 0.5} if method == 'pigdm' else {}
   prior = lambda x, t: (
     -x
     / sde_lib.expand(0.25 * VP.marginal(t)[0] ** 2 + VP.marginal(t)[1] ** 2, x)
   )
-  guided = control.METHODS[method](noise_std=noise_std, ramp=0.0, **options)(
-    prior, VP, operator=a, y=y
-  )
-  z = jax.random.normal(jax.random.key(2), truth.shape)
-  sample = lambda key: pc(key, guided, VP, z).x
-  x = jax.jit(sample)(jax.random.key(0))
-  error = np.sqrt(np.mean((a(x) - y) ** 2))
-  assert error < 1.3 * noise_std < np.sqrt(np.mean((a(0.5 * z) - y) ** 2)) / 3
+  guidance = control.METHODS[method](noise_std=noise_std, ramp=0.0, **options)
+
+  @jax.jit
+  def errors(key):
+    y = a(truth)
+    x = pc(key, guidance(prior, VP, operator=a, y=y), VP, z).x
+    return [jnp.sqrt(jnp.mean((a(v) - y) ** 2)) for v in (x, 0.5 * z)]
+
+  error, of_noise = errors(jax.random.key(0))
+  assert error < 1.3 * noise_std < of_noise / 3
 
 
 # ------------------------------------------------------------------- options
@@ -471,11 +496,12 @@ def test_controls_are_frozen_and_built_from_one_section(key, table):
 
 
 def test_classification_is_cross_entropy():
-  logits = jnp.float32([[1.0, 2.0, -1.0], [0.0, 0.0, 3.0]])
-  got = losses.Classification()(
-    jax.random.key(0), lambda x, t: logits, VP, jnp.zeros((2, 4)),
-    jnp.array([1, 0]),
-  )  # fmt: skip
+  logits = np.float32([[1.0, 2.0, -1.0], [0.0, 0.0, 3.0]])
+  loss = lambda rng, x, labels: losses.Classification()(
+    rng, lambda x, t: logits, VP, x, labels
+  )
+  x, labels = np.zeros((2, 4), np.float32), np.array([1, 0])
+  got = jax.jit(loss)(jax.random.key(0), x, labels)
   p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
   np.testing.assert_allclose(got, -np.log(p[[0, 1], [1, 0]]), rtol=1e-5)
 
@@ -540,13 +566,17 @@ def test_guidance_of_two_gaussians_in_an_interval(name, limits):
 
 @pytest.mark.parametrize('name', ['autoguidance', 'labels', 'classifier'])
 def test_outside_of_the_interval_nothing_is_guided(name):
-  x, t = jnp.ones((3, 2)), jnp.float32([0.2, 0.5, 0.9])
+  x, t = np.ones((3, 2), np.float32), np.float32([0.2, 0.5, 0.9])
   sigma = VE.marginal(t)[1]
   limits = {'interval_low': float(sigma[0]), 'interval_high': float(sigma[1])}
-  guidance = control.CONTROLS[name](scale=3.0, **limits)
-  limited = _guided(guidance, name)(x, t)
-  everywhere = _guided(control.CONTROLS[name](scale=3.0), name)(x, t)
-  plain = _gaussian(POOR if name == 'classifier' else GOOD)[0](x, t)
+  scores = [
+    _guided(control.CONTROLS[name](scale=3.0, **limits), name),
+    _guided(control.CONTROLS[name](scale=3.0), name),
+    _gaussian(POOR if name == 'classifier' else GOOD)[0],
+  ]
+  limited, everywhere, plain = jax.jit(lambda x, t: [f(x, t) for f in scores])(
+    x, t
+  )
   np.testing.assert_array_equal(limited[1], everywhere[1])
   np.testing.assert_array_equal(limited[::2], plain[::2])
   assert abs(limited[1] - plain[1]).min() > 0.01
@@ -557,7 +587,8 @@ def test_outside_of_the_interval_nothing_is_guided(name):
 @pytest.mark.parametrize('shape', [(4,), (6, 2), (4, 6, 5), (2, 4, 2, 1)])
 def test_inpainting_of_arrays(shape):
   """The mask is over the axes of space, or over the coordinates of points."""
-  x = jnp.arange(2 * int(np.prod(shape)), dtype=jnp.float32).reshape(2, *shape)
+  x = np.arange(2 * np.prod(shape), dtype=np.float32).reshape(2, *shape)
+  x = jnp.asarray(x)
   space = shape[:-1] or shape
   for name in ('half', 'center', 'random'):
     operator = control.Inpaint(mask=name, known=0.5)

@@ -141,43 +141,62 @@ def test_score_of_discrete_models(case):
     near(score / sde_lib.expand(sigma, score), g['score'])
 
 
+@functools.cache
+def drift_and_divergence_of(case):
+  """Return both, for the tests of them and of the score."""
+  g, _ = golden.load(case)
+  compute = functools.partial(
+    likelihood.drift_and_divergence, score_of(case), PROCESSES[case][0]
+  )
+  return jax.jit(compute)(g['x'], g['t'], g['hutchinson_eps'][None])
+
+
 @pytest.mark.parametrize('case', CONTINUOUS)
 def test_score_and_losses(case):
   g, _ = golden.load(case)
   sde, _ = PROCESSES[case]
-  t, score_fn = jnp.asarray(g['t']), jax.jit(score_of(case))
+  # The drift is f x - g^2 score / 2.
+  f, diffusion = (sde_lib.expand(v, g['x']) for v in sde.coefficients(g['t']))
+  drift, _ = drift_and_divergence_of(case)
+  score = 2 * (f * g['x'] - drift) / diffusion**2
   # The tolerance is larger because of sigma near t = 0.
   tolerance = 5e-5 if isinstance(sde, sde_lib.VESDE) else 1e-4
-  near(score_fn(jnp.asarray(g['x']), t), g['score'], tolerance)
-
-  def loss(weighting, reduction):
-    return losses.denoising_loss(
-      score_fn,
-      sde,
-      jnp.asarray(g['data']),
-      t,
-      jnp.asarray(g['z']),
-      weighting=weighting,
-      reduction=reduction,
-    )
+  near(score, g['score'], tolerance)
 
   names = {
     'loss_mean_op': (losses.Variance(), losses.mean),
     'loss_halfsum_op': (losses.Variance(), losses.half_sum),
     'loss_likelihood_weighting_mean_op': (losses.Likelihood(), losses.mean),
   }
-  for name, choice in names.items():
-    close(loss(*choice), g[name], rtol=2e-4)
+
+  @jax.jit
+  def compute(data, z):
+    asked = []
+
+    def score_fn(x, t):
+      asked.append((x, t))
+      return score
+
+    found = {
+      name: losses.denoising_loss(
+        score_fn, sde, data, g['t'], z, weighting=weighting, reduction=reduction
+      )
+      for name, (weighting, reduction) in names.items()
+    }
+    return found, asked
+
+  found, asked = compute(g['data'], g['z'])
+  for name, loss in found.items():
+    close(loss, g[name], rtol=2e-4)
+  for x, t in asked:
+    near(x, g['x'])
+    np.testing.assert_array_equal(t, g['t'])
 
 
 @pytest.mark.parametrize('case', CONTINUOUS)
 def test_drift_and_divergence(case):
   g, _ = golden.load(case)
-  sde, _ = PROCESSES[case]
-  compute = jax.jit(
-    functools.partial(likelihood.drift_and_divergence, score_of(case), sde)
-  )
-  drift, divergence = compute(g['x'], g['t'], g['hutchinson_eps'][None])
+  drift, divergence = drift_and_divergence_of(case)
   near(drift, g['pf_drift'])
   near(divergence[0], g['pf_div'], 1e-4)
 

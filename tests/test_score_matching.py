@@ -61,16 +61,21 @@ def test_minimiser_is_the_score(name):
   objective = functools.partial(getattr(losses, name), **OPTIONS.get(name, {}))
   exactly = name in ('explicit', 'implicit')
   with jax.enable_x64(True):
-    x = jnp.asarray(gaussian_data())
+    x, theta = gaussian_data(), np.array([1.0, 0.0, 1.0, 0.0, 0.0])
 
-    def loss(theta):
-      return jnp.mean(objective(jax.random.key(0), linear_score(theta), x))
+    @jax.jit
+    def slope(theta, x):
+      def loss(theta):
+        return jnp.mean(objective(jax.random.key(0), linear_score(theta), x))
 
-    theta = jnp.array([1.0, 0.0, 1.0, 0.0, 0.0])
-    # The loss is quadratic in theta, so that one step is enough.
-    gradient, hessian = jax.grad(loss)(theta), jax.hessian(loss)(theta)
-    theta = np.asarray(theta - jnp.linalg.solve(hessian, gradient))
-    slope = np.asarray(jax.grad(loss)(theta))
+      return jax.grad(loss)(theta)
+
+    # The loss is quadratic in theta, so that one step is enough, and exact
+    # differences of slopes are its Hessian.
+    gradient = np.asarray(slope(theta, x))
+    hessian = [slope(theta + unit, x) - gradient for unit in np.eye(5)]
+    theta = theta - np.linalg.solve(hessian, gradient)
+    slope = np.asarray(slope(theta, x))
   np.testing.assert_allclose(slope, 0, atol=1e-9)
   noise = SIGMA**2 if name == 'denoising' else 0
   want = true_theta(COVARIANCE + noise * np.eye(2))
@@ -90,7 +95,7 @@ def _noisy_rings():
   """Return points of the rings with noise, whose score is smooth."""
   x = RINGS.sample(np.random.default_rng(1), N)
   noise = np.random.default_rng(2).standard_normal(x.shape)
-  return jnp.asarray(x + 0.3 * noise, jnp.float32)
+  return np.float32(x + 0.3 * noise)
 
 
 def _rings_score(x):
@@ -108,13 +113,21 @@ FIELDS = {
 
 def test_implicit_is_explicit_plus_a_constant():
   """Check for all fields that the constant is 1/2 E |grad log p|^2."""
-  x, rng = _noisy_rings(), jax.random.key(0)
-  target = jax.jit(_rings_score)(x)
-  constant = 0.5 * np.sum(np.asarray(target) ** 2, axis=1)
-  for field in FIELDS.values():
-    implicit = losses.implicit(rng, field, x)
-    explicit = losses.explicit(rng, field, x, target=lambda x: target)
-    mean, error = _mean_and_error(explicit - implicit - constant)
+
+  @jax.jit
+  def differences(x):
+    target = _rings_score(x)
+    found = [
+      losses.explicit(None, field, x, target=lambda x: target)
+      - losses.implicit(None, field, x)
+      for field in FIELDS.values()
+    ]
+    return found, target
+
+  found, target = differences(_noisy_rings())
+  constant = 0.5 * np.sum(np.square(target), axis=1)
+  for difference in found:
+    mean, error = _mean_and_error(difference - constant)
     assert abs(mean) < 4 * error + 1e-6
     # The interval is narrow enough to tell the fields apart.
     assert error < 0.02 * constant.mean()
@@ -124,37 +137,46 @@ def test_implicit_is_explicit_plus_a_constant():
 def test_sliced_estimates_are_unbiased(name):
   """Average over directions at fixed points; the second has less variance."""
   x, field = _noisy_rings()[:4], FIELDS['rotation']
-  want = losses.implicit(None, field, x)
-  many = jnp.repeat(x, 20_000, axis=0)
-  rng = jax.random.key(3)
-  values = getattr(losses, name)(rng, field, many).reshape(4, -1)
+  many = np.repeat(x, 20_000, axis=0)
+
+  @jax.jit
+  def estimates(x):
+    kinds = losses.sliced, losses.sliced_vr
+    return losses.implicit(None, field, x[::20_000]), {
+      kind.__name__: kind(jax.random.key(3), field, x).reshape(4, -1)
+      for kind in kinds
+    }
+
+  want, values = jax.tree.map(np.asarray, estimates(many))
+  values, plain = values[name], values['sliced']
   for row, value in zip(values, want, strict=True):
     mean, error = _mean_and_error(row)
     assert abs(mean - value) < 4 * error
     assert error < 0.1
   if name == 'sliced_vr':
-    plain = losses.sliced(rng, field, many).reshape(4, -1)
     assert values.var(axis=1).mean() < 0.5 * plain.var(axis=1).mean()
 
 
 def test_finite_difference_tends_to_sliced():
   """Check that the error is of second order in the step."""
   with jax.enable_x64(True):
-    x = jnp.asarray(_noisy_rings()[:1000], jnp.float64)
+    x = np.float64(_noisy_rings()[:1000])
     rng, field = jax.random.key(1), FIELDS['wave']
-    limit = losses.sliced(rng, field, x)
     steps = np.array([0.2, 0.1, 0.05, 0.025])
-    errors = [
-      np.abs(losses.finite_difference(rng, field, x, step=h) - limit).mean()
-      for h in steps
-    ]
+
+    @jax.jit
+    def error(x, h):
+      found = losses.finite_difference(rng, field, x, step=h)
+      return jnp.abs(found - losses.sliced(rng, field, x)).mean()
+
+    errors = [error(x, h) for h in steps]
   order = np.polyfit(np.log(steps), np.log(errors), 1)[0]
   assert 1.9 < order < 2.1
 
 
 def test_energy_score_is_minus_its_gradient():
   energy = lambda x: 0.5 * jnp.sum(x**2, axis=1) + x[:, 0]
-  score = losses.energy_score(energy)(jnp.array([[1.0, 2.0]]))
+  score = jax.jit(losses.energy_score(energy))(np.float32([[1, 2]]))
   np.testing.assert_allclose(score, [[-2.0, -2.0]])
 
 
@@ -166,22 +188,23 @@ def test_weighted_sum_over_sigmas():
   """
   levels, k = 5, 0.4
   sde = sde_lib.VESDE(sigma_min=0.1, sigma_max=3.0)
-  x0 = jnp.asarray(gaussian_data(), jnp.float32)
+  x0 = np.float32(gaussian_data())
   objective = losses.ScoreMatching(
     times=losses.Grid(num_scales=levels), reduction=losses.half_sum
   )
-  loss = objective(jax.random.key(0), lambda x, t: -k * x, sde, x0)
   sigmas = np.geomspace(0.1, 3.0, levels)
-  per_level, errors = zip(
-    *[
-      _mean_and_error(
-        sigma**2
-        * losses.denoising(jax.random.key(i), lambda x: -k * x, x0, sigma=sigma)
-      )
-      for i, sigma in enumerate(sigmas)
-    ],
-    strict=True,
-  )
+
+  @jax.jit
+  def values(x0):
+    loss = objective(jax.random.key(0), lambda x, t: -k * x, sde, x0)
+    return loss, [
+      sigma**2
+      * losses.denoising(jax.random.key(i), lambda x: -k * x, x0, sigma=sigma)
+      for i, sigma in enumerate(sigmas.tolist())
+    ]
+
+  loss, at_levels = values(x0)
+  per_level, errors = zip(*map(_mean_and_error, at_levels), strict=True)
   mean, error = _mean_and_error(loss)
   bound = 4 * np.hypot(error, np.linalg.norm(errors) / levels)
   assert abs(mean - np.mean(per_level)) < bound
@@ -193,28 +216,54 @@ def test_weighted_sum_over_sigmas():
   assert abs(mean - closed.mean()) < 4 * error
 
 
+LAW = toy.DISTRIBUTIONS['toy/mixture']
+
+
+def energy_model(objective):
+  """Return the Experiment of an energy on the mixture, by an objective."""
+  config = experiment.load_config('configs/toy/mixture_ve.py')
+  config.training.objective = objective
+  config.model.energy = True
+  config.model.nf = 32
+  with config.unlocked():
+    config.sde.update(sigma_min=1.0, sigma_max=10.0)
+  return experiment.build(config)
+
+
+@functools.cache
+def energy_at_first():
+  """Return what all objectives share: points, parameters and error(params)."""
+  model = energy_model('denoising')
+  x, sde = LAW.sample(np.random.default_rng(0), 20_000), model.sde
+  x = np.float32(x)
+
+  @jax.jit
+  def error(params):
+    """Return E sigma^2 |s - grad log p_t|^2 over the data and times."""
+    t = jnp.linspace(0, 1, len(x[:2000]))
+    noisy = sde.perturb(
+      x[:2000], t, jax.random.normal(jax.random.key(2), (2000, 2))
+    )
+    delta = model.score_fn(params)(noisy, t) - LAW.score_fn(sde)(noisy, t)
+    sigma = sde.marginal(t)[1]
+    return jnp.mean(sigma**2 * jnp.sum(delta**2, axis=1))
+
+  return x, model.init_params(jax.random.key(0)), error
+
+
 @pytest.mark.parametrize('name', OBJECTIVES)
 def test_an_energy_trains_with_each(name):
   """Check that the error of the score falls to a fraction at all noise levels.
 
   The loss is the config's, at random times of a VE process.
   """
-  config = experiment.load_config('configs/toy/mixture_ve.py')
-  config.training.objective = name
-  config.model.energy = True
-  config.model.nf = 32
-  with config.unlocked():
-    config.sde.update(sigma_min=1.0, sigma_max=10.0)
-  law = toy.DISTRIBUTIONS['toy/mixture']
-  model = experiment.build(config)
-  sde, optimizer = model.sde, model.optimizer
-  params = model.init_params(jax.random.key(0))
-  x = jnp.asarray(law.sample(np.random.default_rng(0), 20_000), jnp.float32)
+  model, (x, params, error) = energy_model(name), energy_at_first()
+  optimizer = model.optimizer
 
   def step(carry, key):
     params, state = carry
     rows = jax.random.randint(key, (256,), 0, len(x))
-    batch = {'image': x[rows], 'label': jnp.zeros(256, int)}
+    batch = {'image': jnp.asarray(x)[rows], 'label': jnp.zeros(256, int)}
     mean = lambda params: jnp.mean(model.loss(params, key, batch))
     updates, state = optimizer.update(jax.grad(mean)(params), state, params)
     params = jax.tree.map(jnp.add, params, updates)
@@ -226,20 +275,7 @@ def test_an_energy_trains_with_each(name):
     start = params, optimizer.init(params)
     return jax.lax.scan(step, start, keys)[0][0]
 
-  @jax.jit
-  def error(params):
-    """Return E sigma^2 |s - grad log p_t|^2 over the data and times."""
-    t = jnp.linspace(0, 1, len(x[:2000]))
-    noisy = sde.perturb(
-      x[:2000], t, jax.random.normal(jax.random.key(2), (2000, 2))
-    )
-    score_fn = model.score_fn(params)
-    delta = score_fn(noisy, t) - law.score_fn(sde)(noisy, t)
-    sigma = sde.marginal(t)[1]
-    return jnp.mean(sigma**2 * jnp.sum(delta**2, axis=1))
-
-  before, after = error(params), error(train(params))
-  assert after < 0.25 * before
+  assert error(train(params)) < 0.25 * error(params)
 
 
 def test_bad_objectives_are_refused():

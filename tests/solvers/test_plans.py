@@ -10,7 +10,7 @@ import pytest
 import sampling
 import sde_lib
 from solvers import grids, plans, predictors
-from tests.exact import GAUSSIAN, MIXTURE
+from tests.exact import GAUSSIAN, MIXTURE, optimized
 from tests.test_sampling import assert_moments
 
 SDES = [
@@ -39,14 +39,15 @@ SOLVERS = {
 COSTS = dict.fromkeys(SOLVERS, 1)
 COSTS |= {'heun': 2, 'flow_heun': 2, 'dpmpp_2s': 2, 'dpmpp_3s': 3}
 
-ROWS, DEPTH = 480, 4
+# Rows of plans: of the longest with 60 steps, and for orders of convergence.
+SHORT, LONG, DEPTH = 181, 480, 4
 # Options of 'heun': noise at all levels, with the theoretical deviation.
 WIDE = {'s_min': 0.0, 's_max': np.inf, 's_noise': 1.0}
 
 
-def padded(plan):
-  """Return the plan, padded to ROWS and DEPTH: one program serves all."""
-  rows, depth = ROWS - len(plan.t), DEPTH + 1 - plan.move.shape[1]
+def padded(plan, rows):
+  """Return the plan, padded to rows and DEPTH: one program serves all."""
+  rows, depth = rows - len(plan.t), DEPTH + 1 - plan.move.shape[1]
   idle = np.zeros((rows, 1))
   return plans.Plan(
     np.pad(plan.t, (0, rows), mode='edge'),
@@ -59,10 +60,10 @@ def padded(plan):
 
 
 @functools.cache
-def program(sde, noisy):
+def program(sde, rows, noisy):
   """Return run(plan, z) -> x for the mixture."""
 
-  @jax.jit
+  @optimized
   def run(plan, z):
     return plans.carry_out(
       plan,
@@ -74,7 +75,7 @@ def program(sde, noisy):
       end=0,
     )[0]
 
-  return lambda plan, z: np.asarray(run(padded(plan), z))
+  return lambda plan, z: np.asarray(run(padded(plan, rows), z))
 
 
 # ------------------------------------------------------- order of convergence
@@ -107,9 +108,10 @@ def test_order_of_convergence(sde):
     def solve(solver, num_steps, **options):
       t = grids.LogSNR()(sde, num_steps + 1, 0.02)
       t = np.minimum(t, np.float32(0.999))  # The flow's last level.
-      return program(sde, False)(SOLVERS[solver](**options).plan(sde, t), z)
+      plan = SOLVERS[solver](**options).plan(sde, t)
+      return program(sde, LONG, False)(plan, z)
 
-    exact = solve('unipc', ROWS, order=3)
+    exact = solve('unipc', LONG, order=3)
     for solver, options, order in ORDERS:
       num_steps = np.array([40, 60, 90, 140])
       errors = [
@@ -134,8 +136,8 @@ def _gaussian_variance(sde, plan, data_std):
   alpha, sigma = grids.marginal(sde, 1.0)
   covariance = np.zeros((size, size))
   covariance[:2, :2] = alpha**2 * data_std**2 + sigma**2
-  for t, keep, move, noise in zip(*plan, strict=True):
-    alpha, sigma = grids.marginal(sde, t)
+  levels = grids.marginal(sde, plan.t)
+  for alpha, sigma, keep, move, noise in zip(*levels, *plan[1:], strict=True):
     predict = np.eye(size)
     predict[3:] = np.eye(size)[2:-1]
     predict[2] = 0
@@ -189,7 +191,7 @@ def test_every_solver_reaches_the_data(case):
     if num_scales:  # Everything happens on the levels.
       levels = plan.t * (num_scales - 1)
       np.testing.assert_allclose(levels, np.rint(levels), atol=1e-4)
-    x = program(sde, True)(plan, z)
+    x = program(sde, SHORT, True)(plan, z)
     assert_moments(x, MIXTURE, bias=0.04)
 
 
@@ -253,6 +255,8 @@ def test_grids_refuse_what_they_cannot():
 
 # ---------------------------------------------------- all samplers of the table
 
+MILD = sde_lib.VPSDE(beta_max=2.0)  # Few steps are enough.
+
 
 def small(method):
   """Return the sampler with options for a short run."""
@@ -261,7 +265,6 @@ def small(method):
     options |= {
       'predictor': predictors.Ancestral(),
       'corrector': predictors.Langevin(snr=0.1),
-      'num_steps': 25,
     }
   elif method == 'ode':
     options = {'rtol': 0.1, 'atol': 0.1, 'final_denoise': False}
@@ -276,16 +279,17 @@ def small(method):
 
 @pytest.mark.parametrize('method', sampling.SAMPLERS)
 def test_nfe_is_what_is_evaluated(method):
-  """Count calls without compiling, where loops run in Python."""
-  sde, calls = SDES[1], []
+  """Count calls while the program runs."""
+  calls = []
 
   def counting(x, t):
-    calls.append(1)
+    jax.debug.callback(lambda: calls.append(1))
     return -x / (1 + sde_lib.expand(t, x))
 
-  z = jnp.asarray([[0.5, -1.0], [0.1, 2.0]])
-  with jax.disable_jit():
-    samples = small(method)(jax.random.key(0), counting, sde, z)
+  z = np.float32([[0.5, -1.0], [0.1, 2.0]])
+  sample = lambda rng, z: small(method)(rng, counting, MILD, z)
+  samples = jax.jit(sample)(jax.random.key(0), z)
+  jax.effects_barrier()
   assert len(calls) == int(samples.nfe) > 0
   assert samples.success
   if method in COSTS:
@@ -294,15 +298,13 @@ def test_nfe_is_what_is_evaluated(method):
 
 @pytest.mark.parametrize('method', ['pc', 'ode', 'adaptive_sde', 'heun'])
 def test_frames_lead_from_noise_to_the_samples(method):
-  sde = SDES[1]
-  z = jax.random.normal(jax.random.key(0), (3, 2))
+  z = np.float32(np.random.default_rng(0).standard_normal((3, 2)))
+  sampler, score_fn = small(method), GAUSSIAN.score_fn(MILD)
 
-  def run(**options):
-    sampler, score_fn = small(method), GAUSSIAN.score_fn(sde)
-    sample = lambda rng, z: sampler(rng, score_fn, sde, z, **options)
-    return jax.jit(sample)(jax.random.key(1), z)
+  def run(z, frames=0):
+    return sampler(jax.random.key(1), score_fn, MILD, z, frames=frames)
 
-  samples, plain = run(frames=4), run()
+  samples, plain = jax.jit(lambda z: (run(z, frames=4), run(z)))(z)
   assert samples.frames.shape == (4, 3, 2) and plain.frames.shape == (0, 3, 2)
   np.testing.assert_array_equal(samples.frames[0], z)
   np.testing.assert_array_equal(samples.frames[-1], samples.x)
@@ -311,4 +313,4 @@ def test_frames_lead_from_noise_to_the_samples(method):
   if method in ('pc', 'heun'):
     np.testing.assert_allclose(samples.x, plain.x, rtol=1e-5, atol=1e-6)
   with pytest.raises(ValueError, match='frames=1'):
-    run(frames=1)
+    run(z, frames=1)
