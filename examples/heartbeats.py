@@ -9,7 +9,7 @@ one network learns p(signal) and p(signal | known part), and samples the unknown
 part in two ways:
 
 - condition: the network is told what is known and where, an array [N, L, 3];
-- inpaint: the network of p(signal) is guided by what is known (MMPS).
+- inpaint: the network of p(signal) is guided by what is known (PiGDM).
 
 W/heartbeats.png shows 90% intervals of both. W/heartbeats.json has the share of
 true values in them, and the CRPS (mean |x - y| - 1/2 mean |x - x'| of samples x
@@ -25,7 +25,7 @@ import numpy as np
 import experiment
 import run_lib
 from configs import base
-from controllable_generation import MMPS, told
+from controllable_generation import PiGDM, told
 from reporting import plane
 from runtime.files import save_npz, write_json
 
@@ -97,7 +97,7 @@ def samplers(model, params, n):
 
   def guide(score_fn, sde, *, x, known):
     operator = lambda x: x * known[:, None]
-    method = MMPS(noise_std=0.05, ramp=0.0)
+    method = PiGDM(noise_std=0.05, data_std=1.0, ramp=0.0)
     return method(told(score_fn), sde, operator=operator, y=operator(x))
 
   guided = jax.jit(model.make_sample(n, guide=guide))

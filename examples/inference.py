@@ -99,7 +99,7 @@ def c2st(x, y):
   """Return the accuracy of a classifier of points x and y, [N, D]."""
   both = (np.concatenate([x, y]) - x.mean(0)) / x.std(0)
   label, sizes = np.repeat([0, 1], [len(x), len(y)]), (10 * x.shape[1],) * 2
-  net = neural_network.MLPClassifier(sizes, early_stopping=True, random_state=0)
+  net = neural_network.MLPClassifier(sizes, max_iter=10_000, random_state=0)
   return model_selection.cross_val_score(net, both, label, cv=5).mean()
 
 
