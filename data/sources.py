@@ -652,8 +652,8 @@ def files_below(root):
 
 def _has_16_bits(path):
   """Return whether a file is a PNG with 16 bits, as its header says."""
-  if path.suffix.lower() != '.png':
-    return False
+  if path.suffix.lower() != '.png' or not path.is_file():
+    return False  # To open a named pipe would wait for whoever writes to it.
   try:
     with path.open('rb') as file:
       header = file.read(25)
