@@ -25,7 +25,7 @@ from reporting import plane
 from runtime.files import save_npz, write_json
 
 ROTATION = np.array([[1, -1], [1, 1]]) / np.sqrt(2)
-SIZES = {'simulations': 10_000, 'steps': 2000, 'batch_size': 512, 'nf': 128}
+SIZES = {'simulations': 10_000, 'steps': 6000, 'batch_size': 512, 'nf': 128}
 SIZES |= {'observations': 3, 'samples': 1000, 'pairs': 300}
 
 
@@ -81,11 +81,11 @@ def learn(task, folder, rng, args):
     'model.condition': 'vector', 'model.nf': args.nf,
     'training.batch_size': args.batch_size, 'training.n_iters': args.steps,
     'training.n_jitted_steps': 50, 'training.ema_rate': 0.995,
-    'training.snapshot_sampling': False,
+    'training.snapshot_sampling': False, 'training.checkpoint_freq': 500,
     'optim.lr': 2e-3, 'optim.warmup': 100, 'optim.schedule': 'cosine',
   })  # fmt: skip
   run_lib.train(config, folder / 'run')
-  model, params = experiment.load(folder / 'run')
+  model, params = experiment.load(folder / 'run', 'best')  # Of the test loss.
 
   def posterior(rng, x, count):
     key, n = jax.random.key(rng.integers(2**31)), len(x) * count
