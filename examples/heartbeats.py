@@ -96,7 +96,7 @@ def samplers(model, params, n):
   """
 
   def guide(score_fn, sde, *, x, known):
-    operator = lambda x: x * known[:, None]
+    operator = lambda x: x * known[None, :, None]
     method = PiGDM(noise_std=0.05, data_std=1.0, ramp=0.0)
     return method(told(score_fn), sde, operator=operator, y=operator(x))
 

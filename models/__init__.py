@@ -74,7 +74,7 @@ def abstract_params(network, shape):
     A nested dict, which is not to be changed.
 
   Example:
-    >>> abstract_params(create('mlp', num_layers=0), (2,))['Dense_0']['bias']
+    >>> abstract_params(create('mlp'), (2,))['body']['Dense_0']['bias']
     ShapeDtypeStruct(shape=(128,), dtype=float32)
   """
   paths = []

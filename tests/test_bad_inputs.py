@@ -280,7 +280,7 @@ DATA = f"""
 {FOLDER}empty => empty
 {FOLDER}one => one
 {FOLDER}damaged => 1.png
-{FOLDER}deep => 1.png
+{FOLDER}deep => 16-bit .png
 {TRAIN} --config.data.dataset=cifar10 --config.data.path=photos => photos
 --config={RINGS} --mode=stats --workdir=new => config.data.dataset='toy/rings'
 --config={RINGS} --mode=eval --workdir=new --samples=photos => photos|.npy
@@ -549,7 +549,8 @@ def _write_data(folder):
   path = folder / 'damaged' / '1.png'
   path.write_bytes(path.read_bytes()[:60])
   deep = Image.fromarray(np.full((8, 8), 40_000, np.uint16))
-  deep.save(folder / 'deep' / '1.png')
+  for i in range(2):
+    deep.save(folder / 'deep' / f'{i}.png')
   for i in range(3):
     _save_image(folder / 'large' / f'{i}.png', size=9)
 
