@@ -13,7 +13,7 @@ import sampling
 import sde_lib
 from runtime import options
 from solvers import grids, ode, predictors
-from tests.exact import Mixture
+from tests.exact import Mixture, optimized
 
 VE = sde_lib.VESDE(sigma_max=10.0)
 VP, SUBVP = sde_lib.VPSDE(), sde_lib.SubVPSDE()
@@ -71,7 +71,7 @@ fast = sampling.SAMPLERS['dpmpp_2m'](
 def run(sampler, sde, score_fn, dims):
   """Return samples [BATCH, dims]."""
 
-  @jax.jit
+  @optimized
   def program(rng):
     rng, rng_prior = jax.random.split(rng)
     z = sde.prior_sample(rng_prior, (BATCH, dims))

@@ -231,11 +231,33 @@ def energy_model(objective):
 
 
 @functools.cache
-def energy_at_first():
-  """Return what all objectives share: points, parameters and error(params)."""
-  model = energy_model('denoising')
-  x, sde = LAW.sample(np.random.default_rng(0), 20_000), model.sde
-  x = np.float32(x)
+def energy_training():
+  """Return (train(params, i), error(params), params), one program for all i."""
+  models = [energy_model(name) for name in OBJECTIVES]
+  sde, optimizer = models[0].sde, models[0].optimizer
+  x = np.float32(LAW.sample(np.random.default_rng(0), 20_000))
+
+  @jax.jit
+  def train(params, i):
+    def step(carry, key):
+      params, state = carry
+      rows = jax.random.randint(key, (256,), 0, len(x))
+      batch = {'image': jnp.asarray(x)[rows], 'label': jnp.zeros(256, int)}
+
+      def loss(params):
+        branches = [
+          lambda params, model=model: model.loss(params, key, batch)
+          for model in models
+        ]
+        return jnp.mean(jax.lax.switch(i, branches, params))
+
+      updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+      params = jax.tree.map(jnp.add, params, updates)
+      return (params, state), None
+
+    keys = jax.random.split(jax.random.key(1), 200)
+    start = params, optimizer.init(params)
+    return jax.lax.scan(step, start, keys)[0][0]
 
   @jax.jit
   def error(params):
@@ -244,11 +266,12 @@ def energy_at_first():
     noisy = sde.perturb(
       x[:2000], t, jax.random.normal(jax.random.key(2), (2000, 2))
     )
-    delta = model.score_fn(params)(noisy, t) - LAW.score_fn(sde)(noisy, t)
+    score_fn = models[0].score_fn(params)
+    delta = score_fn(noisy, t) - LAW.score_fn(sde)(noisy, t)
     sigma = sde.marginal(t)[1]
     return jnp.mean(sigma**2 * jnp.sum(delta**2, axis=1))
 
-  return x, model.init_params(jax.random.key(0)), error
+  return train, error, models[0].init_params(jax.random.key(0))
 
 
 @pytest.mark.parametrize('name', OBJECTIVES)
@@ -257,25 +280,9 @@ def test_an_energy_trains_with_each(name):
 
   The loss is the config's, at random times of a VE process.
   """
-  model, (x, params, error) = energy_model(name), energy_at_first()
-  optimizer = model.optimizer
-
-  def step(carry, key):
-    params, state = carry
-    rows = jax.random.randint(key, (256,), 0, len(x))
-    batch = {'image': jnp.asarray(x)[rows], 'label': jnp.zeros(256, int)}
-    mean = lambda params: jnp.mean(model.loss(params, key, batch))
-    updates, state = optimizer.update(jax.grad(mean)(params), state, params)
-    params = jax.tree.map(jnp.add, params, updates)
-    return (params, state), None
-
-  @jax.jit
-  def train(params):
-    keys = jax.random.split(jax.random.key(1), 200)
-    start = params, optimizer.init(params)
-    return jax.lax.scan(step, start, keys)[0][0]
-
-  assert error(train(params)) < 0.25 * error(params)
+  train, error, params = energy_training()
+  trained = train(params, OBJECTIVES.index(name))
+  assert error(trained) < 0.25 * error(params)
 
 
 def test_bad_objectives_are_refused():
