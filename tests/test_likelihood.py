@@ -19,7 +19,6 @@ SDES = [
   sde_lib.EDM(),
   sde_lib.RectifiedFlow(),
 ]
-BATCH = 200
 name = lambda sde: type(sde).__name__
 
 
@@ -56,7 +55,7 @@ def estimated(data, sde, x, probes=None, tolerance=1e-5):
 @pytest.mark.parametrize('trace', ['exact', 'rademacher'])
 def test_bits_per_dim_of_a_gaussian(sde, trace):
   """Compare with the density; Rademacher probes have no variance here."""
-  x, probes = CENTRED.sample(0, BATCH), None
+  x, probes = CENTRED.sample(0, 64), None
   if trace != 'exact':
     probes = likelihood.rademacher(jax.random.key(0), (1, *x.shape))
   result, exact = estimated(CENTRED, sde, x, probes)
@@ -74,7 +73,7 @@ def test_bits_per_dim_of_a_gaussian(sde, trace):
 def test_probes_tell_their_error(kind):
   """Check that estimates differ from the exact trace by about their errors."""
   sde = sde_lib.VPSDE()
-  x = MIXTURE.sample(0, BATCH)
+  x = MIXTURE.sample(0, 200)
   exact, truth = estimated(MIXTURE, sde, x)
   # The prior differs from the marginal at t = 1, where alpha is 0.0066.
   np.testing.assert_allclose(exact.logp, truth, atol=0.02)
@@ -158,7 +157,7 @@ def round_trip(sde):
 
 @pytest.mark.parametrize('sde', SDES, ids=name)
 def test_latent_code_decodes_to_the_data(sde):
-  x = MIXTURE.sample(0, BATCH)
+  x = MIXTURE.sample(0, 64)
   z, decoded, success = round_trip(sde)(arrays(MIXTURE), x)
   assert success
   np.testing.assert_allclose(decoded, x, atol=1e-3)
@@ -170,7 +169,7 @@ def test_latent_code_decodes_to_the_data(sde):
 @pytest.mark.parametrize('sde', SDES, ids=name)
 def test_code_of_a_gaussian(sde):
   """Check that the ODE scales s to sqrt(alpha^2 s^2 + sigma^2)."""
-  x = CENTRED.sample(0, BATCH)
+  x = CENTRED.sample(0, 64)
   code, _, _ = round_trip(sde)(arrays(CENTRED), x)
   scale = [
     np.hypot(np.float64(alpha) * CENTRED.std, sigma)
