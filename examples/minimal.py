@@ -65,7 +65,7 @@ def train(rng, steps, batch=512):
     change, moments = optimizer.update(gradient, moments)
     return (optax.apply_updates(params, change), moments), value
 
-  params = network.init(rng, jnp.zeros((1, 2)), jnp.ones(1))
+  params = jax.jit(network.init)(rng, jnp.zeros((1, 2)), jnp.ones(1))
   start, keys = (params, optimizer.init(params)), jax.random.split(rng, steps)
   (params, _), values = jax.jit(lambda s: jax.lax.scan(step, s, keys))(start)
   return functools.partial(network.apply, params), values

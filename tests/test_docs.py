@@ -19,6 +19,7 @@ import sys
 
 import pytest
 
+import models
 from configs import schema
 from runtime import options
 from tests import tiny
@@ -71,7 +72,8 @@ def sandbox(tmp_path_factory):
     if path.name != 'runs' and not path.name.startswith('.'):
       (folder / path.name).symlink_to(path)
   config = tiny.get_config(training__n_iters=4)
-  run_lib.train(config, folder / 'runs' / 'quickstart')
+  with tiny.quick_network():
+    run_lib.train(config, folder / 'runs' / 'quickstart')
   return folder
 
 
@@ -89,6 +91,8 @@ def test_tutorial(monkeypatch):
 )
 def test_python(page, sandbox, monkeypatch):
   monkeypatch.chdir(sandbox)
+  if page == 'README.md':  # It loads the run.
+    monkeypatch.setitem(models.MODELS, 'ncsnpp', tiny.Convolutions)
   namespace = {'__name__': page}
   for line, block in blocks(page, 'python'):
     # Lines before the block are empty, so that errors have the page's lines.
