@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jaxtyping import Float, PyTree
 
 import experiment
@@ -335,6 +336,12 @@ def eval_batches(dataset, batch_size, layout, start=0):
     batch = to_global(layout.split, batch)
     mask = batch.pop('mask')
     yield number, batch, mask
+
+
+def without_padding(mask, *values):
+  """Return the rows of replicated values that a mask has, in numpy."""
+  rows = multihost_utils.process_allgather(mask, tiled=True) > 0
+  return [np.asarray(v)[np.asarray(rows)] for v in values]
 
 
 def test_loss(

@@ -21,7 +21,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 import evaluation
 import experiment
@@ -197,8 +196,7 @@ def _bits_of_pass(compute, run, test_set, paths, repeat):
       raise FloatingPointError(
         experiment.why_failed(what, found.not_finite_at, keys)
       )
-    mask = multihost_utils.process_allgather(mask, tiled=True)
-    bits, error = (np.asarray(v)[np.asarray(mask) > 0] for v in (bits, error))
+    bits, error = run_lib.without_padding(mask, bits, error)
     if jax.process_index() == 0:
       nfe = np.asarray(found.nfe)
       save_npz(paths[number], bits=bits, error=error, nfe=nfe)
@@ -236,50 +234,50 @@ def _summary(passes, dims):
   return {'bits_per_dim': bits, 'nats': nats}
 
 
-def _bits_name(chosen):
-  """Return the beginning of the names of files of bits/dim."""
-  return f'bpd_{chosen.bpd_trace}_{chosen.bpd_probes}_{chosen.bpd_eps!r}'
+def bits_of(model, layout):
+  """Return bits(run, folder, dataset, tag, repeat=0) -> parts of all batches.
+
+  What it computes is kept in the folder, batch by batch, in files with the tag.
+  """
+  compute, chosen = _compile_bits(model, layout), model.config.eval
+  name = f'bpd_{chosen.bpd_trace}_{chosen.bpd_probes}_{chosen.bpd_eps!r}'
+
+  def bits(run, folder, dataset, tag, repeat=0):
+    numbers = range(math.ceil(len(dataset) / chosen.batch_size))
+    paths = [folder / f'{name}_{tag}_{i}.npz' for i in numbers]
+    _bits_of_pass(compute, run, dataset, paths, repeat)
+    return [load_npz(path) for path in paths]
+
+  return bits
 
 
-def likelihood_evaluator(model, test_set, layout) -> Evaluator:
+def likelihood_evaluator(model, test_set, bits) -> Evaluator:
   """Return an evaluator of bits/dim, and nats, of the test set.
 
   They are means over `config.eval.bpd_repeats` dequantisations of every image,
   each {'value', 'std_error', 'probe_error', 'count', 'repeats', 'nfe'}.
   `std_error` is the standard error over images; `probe_error` is the part of it
   that more probes would lower: 0 with the exact trace, and None with a single
-  probe, whose error is not known.
+  probe, whose error is not known. `bits` is that of `bits_of`.
   """
-  compute, chosen = _compile_bits(model, layout), model.config.eval
-  name = _bits_name(chosen)
-  numbers = range(math.ceil(len(test_set) / chosen.batch_size))
 
   def evaluate_likelihood(run, folder):
-    passes = []
-    for repeat in range(chosen.bpd_repeats):
-      paths = [folder / f'{name}_{repeat}_{i}.npz' for i in numbers]
-      _bits_of_pass(compute, run, test_set, paths, repeat)
-      passes.append([load_npz(path) for path in paths])
+    passes = [
+      bits(run, folder, test_set, repeat, repeat)
+      for repeat in range(model.config.eval.bpd_repeats)
+    ]
     return _summary(passes, math.prod(model.shape(1)))
 
   return evaluate_likelihood
 
 
-def nats_of(model, layout):
-  """Return nats(run, folder, dataset) -> [N], -log p(x) of each example.
-
-  What it computes is kept in the folder, batch by batch.
-  """
-  compute, chosen = _compile_bits(model, layout), model.config.eval
+def nats_of(model, bits):
+  """Return nats(run, folder, dataset) -> [N], -log p(x) of each example."""
   per_bit = likelihood.nats_per_bit(math.prod(model.shape(1)))
 
   def nats(run, folder, dataset):
-    paths = [
-      folder / f'{_bits_name(chosen)}_{dataset.fingerprint}_{i}.npz'
-      for i in range(math.ceil(len(dataset) / chosen.batch_size))
-    ]
-    _bits_of_pass(compute, run, dataset, paths, 0)
-    return per_bit * np.concatenate([load_npz(p)['bits'] for p in paths])
+    parts = bits(run, folder, dataset, dataset.fingerprint)
+    return per_bit * np.concatenate([part['bits'] for part in parts])
 
   return nats
 
@@ -463,10 +461,11 @@ def evaluate(config, workdir, eval_folder='eval'):
     facts, evaluators, judged_by = trained.facts(config), [], ''
     if chosen.enable_loss:
       evaluators.append(loss_evaluator(model, test_set, layout))
+    bits = bits_of(model, layout)  # Compiled once, if it is called.
     if chosen.enable_bpd:
-      evaluators.append(likelihood_evaluator(model, test_set, layout))
+      evaluators.append(likelihood_evaluator(model, test_set, bits))
     if elsewhere:
-      nats = nats_of(model, layout)
+      nats = nats_of(model, bits)
       evaluators.append(ood.evaluator(model, elsewhere, layout, nats))
     judge = None
     if chosen.enable_sampling and config.data.shape and not chosen.extractor:

@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 import evaluation
 import run_lib
@@ -26,8 +25,7 @@ def _log_norms(model, layout):
     for number, images, mask in run_lib.eval_batches(dataset, size, layout):
       rng = jax.random.fold_in(key, number)
       values = compute(run.params, rng, images['image'])
-      mask = multihost_utils.process_allgather(mask, tiled=True)
-      found.append(np.asarray(values)[np.asarray(mask) > 0])
+      found += run_lib.without_padding(mask, values)
     return np.concatenate(found)
 
   return norms

@@ -10,7 +10,9 @@ import sys
 from unittest import mock
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 import models
 from configs.base import compose, mlp, ncsnpp, toy, ve
@@ -68,6 +70,10 @@ DIGITS = {
 
 def dotted(overrides):
   return {key.replace('__', '.'): v for key, v in overrides.items()}
+
+
+def tree_equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def get_config(**overrides):

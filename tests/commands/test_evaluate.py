@@ -501,13 +501,9 @@ def test_export_and_import_are_a_round_trip(run, tmp_path):
   like = experiment.build(config).abstract_params()
   ours = restore_ema(workdir, like)
   theirs = restore_ema(tmp_path / 'new', like)
-  tree_equal(ours, theirs)
+  tiny.tree_equal(ours, theirs)
   with pytest.raises(ValueError, match='already'):
     exchange.import_released(config, tmp_path / 'new', path)
-
-
-def tree_equal(a, b):
-  jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def test_notebook_from_an_exported_file(run, tmp_path):
@@ -516,7 +512,7 @@ def test_notebook_from_an_exported_file(run, tmp_path):
   exchange.export(*run, path)
   # From here on, as in a notebook.
   model, params = experiment.load(path)
-  tree_equal(params, restore_ema(run[1], model.abstract_params()))
+  tiny.tree_equal(params, restore_ema(run[1], model.abstract_params()))
   draw = jax.jit(model.make_sample(16))
   images, nfe, success, *_ = draw(params, jax.random.key(0))
   assert images.shape == (16, 8, 8, 1) and np.isfinite(images).all()
@@ -575,7 +571,8 @@ def test_a_score_that_is_not_finite_is_named(monkeypatch, tmp_path):
     model=model, workdir=tmp_path, step=1, params={}, layout=layout
   )
   test_set = datasets.load(model.config.data, 'test')
-  compute = evaluate.likelihood_evaluator(model, test_set, layout)
+  bits = evaluate.bits_of(model, layout)
+  compute = evaluate.likelihood_evaluator(model, test_set, bits)
   with pytest.raises(FloatingPointError) as error:
     compute(run, tmp_path)
   line = str(error.value)

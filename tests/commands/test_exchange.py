@@ -12,11 +12,7 @@ from checkpoints.workdir import Checkpoints, restore_ema
 from commands import exchange
 from data import datasets
 from runtime.devices import make_layout, replicated, to_global
-from tests import golden
-
-
-def tree_equal(a, b):
-  jax.tree.map(np.testing.assert_array_equal, a, b)
+from tests import golden, tiny
 
 
 def reduced_release(dataset):
@@ -44,12 +40,12 @@ def test_released_checkpoint_becomes_a_run(tmp_path):
   with Checkpoints(tmp_path / 'run') as saved:
     assert saved.steps == [3]
     state = saved.restore(3, run_lib.without_ema(like), 'state')
-    tree_equal(saved.restore(3, like.ema, 'ema'), found.ema_params)
+    tiny.tree_equal(saved.restore(3, like.ema, 'ema'), found.ema_params)
   assert int(state['step']) == 3
-  tree_equal(state['params'], found.params)
+  tiny.tree_equal(state['params'], found.params)
   # Adam's mu, nu and count, and the schedule's count.
   moments = formats.optimizer_state(model.optimizer, found)
-  tree_equal(state['opt_state'], moments)
+  tiny.tree_equal(state['opt_state'], moments)
   counts = [v for v in jax.tree.leaves(state['opt_state']) if not v.ndim]
   assert [int(v) for v in counts] == [3, 3]
 
@@ -81,6 +77,6 @@ def test_training_goes_on_from_a_released_checkpoint(tmp_path):
   fetch = run_lib.make_fetch(model, datasets.load(config.data, 'train'))
   batches = to_global(layout.microbatches, fetch(3))
   state, _ = run_lib.make_train_steps(model, layout)(state, batches)
-  tree_equal(ema, state.ema)
+  tiny.tree_equal(ema, state.ema)
   moved = jax.tree.map(lambda a, b: (a != b).any(), ema, found.ema_params)
   assert any(jax.tree.leaves(moved))
