@@ -15,6 +15,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from runtime.files import digest
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Dataset:
@@ -74,6 +76,18 @@ def permutation(size, seed, epoch):
   order = np.argsort(raw, kind='stable')
   order.flags.writeable = False
   return order
+
+
+def unlabelled(x, name):
+  """Return a Dataset of an array x [N, ...], without labels."""
+  labels = np.zeros(len(x), np.int32)
+  return Dataset(
+    name=name,
+    size=len(x),
+    read=lambda indices: (x[indices], labels[indices]),
+    num_classes=0,
+    fingerprint=digest(x),
+  )
 
 
 def some_of(dataset, count):

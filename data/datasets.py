@@ -21,11 +21,9 @@ import types
 
 import numpy as np
 
-from data import arrays, cifar, pixels, sources, toy
-from data.batches import Dataset
+from data import arrays, batches, cifar, pixels, sources, toy
 from data.prepare import Prepared
 from runtime import options
-from runtime.files import digest
 from runtime.options import Options, option
 from runtime.progress import say
 
@@ -92,14 +90,7 @@ def points(config, split):
   seed, n = {'train': (0, 100_000), 'test': (1, 4000)}[split]
   rng = np.random.default_rng(seed)
   x = toy.DISTRIBUTIONS[config.dataset].sample(rng, n).astype(np.float32)
-  labels = np.zeros(n, np.int32)
-  return Dataset(
-    name=config.dataset,
-    size=n,
-    read=lambda indices: (x[indices], labels[indices]),
-    num_classes=0,
-    fingerprint=digest(x),
-  )
+  return batches.unlabelled(x, config.dataset)
 
 
 # --- Folders of images ---

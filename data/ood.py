@@ -10,9 +10,7 @@ import types
 import numpy as np
 
 from data import batches, datasets, toy
-from data.batches import Dataset
 from runtime import options
-from runtime.files import digest
 
 KEY = 'config.eval.ood'
 # With fewer examples, an AUROC says little.
@@ -65,18 +63,6 @@ def inverted(rng, x):
 SETS = {'rotated': rotated, 'noised': noised, 'inverted': inverted}
 
 
-def _held(x, name):
-  """Return a Dataset of arrays x without labels."""
-  x, labels = np.ascontiguousarray(x), np.zeros(len(x), np.int32)
-  return Dataset(
-    name=name,
-    size=len(x),
-    read=lambda indices: (x[indices], labels[indices]),
-    num_classes=0,
-    fingerprint=digest(x),
-  )
-
-
 def _others(data):
   """Return the names of data sets of the same kind that need no path."""
   if tuple(data.shape) == (2,):
@@ -100,7 +86,8 @@ def _found(data, name, test_set):
     hint = options.suggestion(name, [*SETS, *others])
     raise ValueError(f'{KEY}: {name!r} is neither a path nor a set: {hint}')
   if data.shape:
-    return _held(datasets.user_arrays(data, path, key=KEY)[0], name)
+    x, _ = datasets.user_arrays(data, path, key=KEY)
+    return batches.unlabelled(x, name)
   return datasets.user_images(data, path, key=KEY)
 
 
@@ -144,5 +131,5 @@ def load(data, chosen, test_set):
     x = batches.some_of(dataset, chosen.ood_images)
     if change:
       x = change(np.random.default_rng(0), x)
-    sets[short] = _held(x, short)
+    sets[short] = batches.unlabelled(np.ascontiguousarray(x), short)
   return sets
