@@ -55,8 +55,9 @@ import run_lib
 from tests import tiny
 run_lib.train(tiny.get_config(**{CONVOLUTIONS}), workdir)
 if not process:
-  config = tiny.points(data__on_device=True, **{PICTURES})
-  run_lib.train(config, workdir + '_points')
+  run_lib.train(tiny.points(**{PICTURES}), workdir + '_points')
+  held = tiny.points(data__on_device=True, **{OVERRIDES})
+  run_lib.train(held, workdir + '_held')
   try:
     run_lib.train(tiny.points(training__batch_size=12), workdir + '_12')
   except ValueError as error:
@@ -231,6 +232,7 @@ def test_eight_devices_are_as_one(finished, pictures, tmp_path):
   for ours, theirs in (('run', pictures), ('run_points', finished)):
     assert_close(tmp_path / ours, theirs)
     assert_close_pictures(tmp_path / ours, theirs)
+  assert_same(tmp_path / 'run_points', tmp_path / 'run_held')
   # Twelve images do not divide by eight devices: one line, and no workdir.
   line = out.splitlines()[-1]
   assert line.startswith('config.training.batch_size')
@@ -377,16 +379,18 @@ def test_batches_of_data_on_devices_are_the_same(parts, together, monkeypatch):
       np.testing.assert_array_equal(value, b[key])
 
 
-def test_several_steps_in_a_call_of_data_on_devices(finished, tmp_path, capsys):
+@pytest.mark.parametrize('held', [False, True])
+def test_several_steps_in_a_call(finished, tmp_path, capsys, held):
+  """Data are fetched by the host, or held by the devices."""
   config = tiny.points(
     training__n_iters=12,
     training__n_jitted_steps=4,
     training__log_freq=4,
-    data__on_device=True,
+    data__on_device=held,
   )
   run_lib.train(config, tmp_path)
   line = 'Every device holds the training data, 1.1 MiB.'
-  assert line in capsys.readouterr().out.splitlines()
+  assert (line in capsys.readouterr().out.splitlines()) == held
   single = list(logged(finished).values())
   np.testing.assert_allclose(
     list(logged(tmp_path).values()),
