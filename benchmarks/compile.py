@@ -104,6 +104,7 @@ TABLE = (
   (_DDPMPP, 'h100:1x1x1', _BF16),
   (_DDPMPP, 'h100:1x8x8', _BF16, '--batch_size=4096'),
   (_DDPMPP, 'v5e:4x4', _BF16, '--batch_size=1024'),
+  (_DDPMPP, 'v5p:4x8x8', _BF16, '--batch_size=8192'),
   (_NCSNPP, 'h100:1x1x1'),
   (_NCSNPP, 'v4:2x2x2'),
   (_256, 'h100:1x1x8'),
