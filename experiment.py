@@ -763,10 +763,8 @@ def _check(model):
           f'set config.{section}.{key}=False.'
         )
   else:
-    # With a score that costs nothing: the grid may be too coarse.
-    free = lambda score_fn, sde: lambda x, t: x
-    sample = model.make_sample(1, guide=free, frames=config.sampling.frames)
-    jax.eval_shape(sample, None, jax.random.key(0))
+    frames = config.sampling.frames
+    _trace_sampler(model.sampler, model.sde, model.shape(1), frames)
   if training.batch_size % training.grad_accumulation:
     raise ValueError(
       f'config.training.batch_size={training.batch_size} does not divide by '
@@ -888,6 +886,23 @@ def _trace_network(model):
       f'config.model.name={model.config.model.name!r} cannot take data of '
       f'config.data.{key}={model.config.data[key]}: {reason:.300}'
     ) from error
+
+
+@functools.cache
+def _trace_sampler(sampler, sde, shape, frames):
+  """Check that a sampler can make examples; the grid may be too coarse.
+
+  Samplers with the same options are traced once in a process.
+  """
+  sampler.check_frames(frames)
+  sde = sde.continuous if sampler.continuous else sde
+
+  def sample(rng):
+    free = lambda x, t: x  # A score that costs nothing.
+    z = sde.prior_sample(rng, shape)
+    return sampler(rng, free, sde, z, frames=frames)
+
+  jax.eval_shape(sample, jax.random.key(0))
 
 
 def _check_times(model):
