@@ -6,6 +6,10 @@ import pathlib
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Machine code is made in half of the time; the programs stay the same.
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+# The older way to make code of fused operations takes a third less time.
+os.environ['XLA_FLAGS'] = ' '.join(
+  (os.environ.get('XLA_FLAGS', ''), '--xla_cpu_use_fusion_emitters=false')
+)
 
 import jax
 import jaxtyping
