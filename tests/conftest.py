@@ -60,3 +60,12 @@ def quick_network():
 
   with tiny.quick_network():
     yield
+
+
+@pytest.fixture(scope='module')
+def shared_programs():
+  """Let trainings of one config, in a file of tests, share their programs."""
+  from tests import tiny
+
+  with tiny.shared_programs():
+    yield

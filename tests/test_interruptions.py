@@ -24,6 +24,7 @@ from runtime.progress import Log
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures('shared_programs')
 FEW = {'training__n_iters': 8, 'training__snapshot_freq': 0}
 
 
@@ -99,8 +100,10 @@ class Watched(run_lib.Log):
       os.kill(os.getpid(), SENT[step])
 run_lib.Log = Watched
 never = {'training__eval_freq': 0, 'training__checkpoint_freq': 0}
-for _ in SENT:
-  run_lib.train(tiny.points(training__n_iters=10_000, **never), workdir)
+config = tiny.points(training__n_iters=10_000, **never)
+with tiny.shared_programs():
+  for _ in SENT:
+    run_lib.train(config, workdir)
 """
 
 

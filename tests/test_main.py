@@ -14,6 +14,7 @@ import pytest
 from absl import app, flags
 
 import experiment
+import run_lib
 from checkpoints import formats
 from checkpoints.workdir import Checkpoints
 from commands import exchange
@@ -23,20 +24,25 @@ from tests import golden, tiny
 ROOT = pathlib.Path(__file__).parents[1]
 
 
+# The network does not matter here, except in `test_train`.
+pytestmark = pytest.mark.usefixtures('quick_network')
+
+# main.py as a program, with the network of these tests.
+PROGRAM = """
+from absl import app
+import main
+from tests import tiny
+with tiny.quick_network():
+  app.run(main.main, flags_parser=main.parse)
+"""
+
+
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-  """Return a workdir that main.py trained for two steps, and its output."""
+  """Return a workdir of two steps."""
   workdir = tmp_path_factory.mktemp('trained') / 'run'
-  done = subprocess.run(
-    [sys.executable, 'main.py', '--config', 'tests/tiny.py', '--mode', 'train']
-    + ['--workdir', workdir, '--config.training.n_iters=2'],
-    cwd=ROOT,
-    env=os.environ | {'JAX_COMPILATION_CACHE_DIR': tiny.CACHE},
-    capture_output=True,
-    text=True,
-    check=True,
-  )
-  return workdir, done.stdout
+  run_lib.train(tiny.get_config(training__n_iters=2), workdir)
+  return workdir
 
 
 @pytest.fixture
@@ -73,11 +79,21 @@ def contents(folder):
   return {path: path.read_bytes() for path in files}
 
 
-def test_train(trained):
-  workdir, printed = trained
-  assert 'ncsnpp, 0.01M parameters, 1 cpu device(s), 0.1' in printed
-  assert ' MiB of state on each, 1500 images of digits' in printed
-  assert 'step 2/2 loss ' in printed
+def test_train(tmp_path):
+  """The program itself trains NCSN++ for two steps."""
+  workdir = tmp_path / 'run'
+  done = subprocess.run(
+    [sys.executable, 'main.py', '--config', 'tests/tiny.py', '--mode', 'train']
+    + ['--workdir', workdir, '--config.training.n_iters=2'],
+    cwd=ROOT,
+    env=os.environ | {'JAX_COMPILATION_CACHE_DIR': tiny.CACHE},
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert 'ncsnpp, 0.01M parameters, 1 cpu device(s), 0.1' in done.stdout
+  assert ' MiB of state on each, 1500 images of digits' in done.stdout
+  assert 'step 2/2 loss ' in done.stdout
   assert {path.name for path in workdir.iterdir()} >= {
     'config.json',
     'train.jsonl',
@@ -87,12 +103,10 @@ def test_train(trained):
 
 
 def test_nothing_left_to_do(trained, capsys):
-  import run_lib
-
-  before = contents(trained[0])
-  run_lib.train(tiny.get_config(training__n_iters=2), trained[0])
+  before = contents(trained)
+  run_lib.train(tiny.get_config(training__n_iters=2), trained)
   assert 'Nothing to do: 2 of 2 steps are done.' in capsys.readouterr().out
-  assert contents(trained[0]) == before
+  assert contents(trained) == before
 
 
 @pytest.mark.parametrize(
@@ -142,18 +156,18 @@ def test_bad_argument_named(call, tmp_path):
 
 
 def test_workdir_of_another_config(call, trained):
-  before = contents(trained[0])
+  before = contents(trained)
   error = call(
-    '--workdir', str(trained[0]), '--mode=train', '--config.model.nf=16'
+    '--workdir', str(trained), '--mode=train', '--config.model.nf=16'
   )
-  assert error.startswith(f'error: {trained[0]} belongs to a run with ')
+  assert error.startswith(f'error: {trained} belongs to a run with ')
   assert 'config.model.nf=8, not 16' in error
-  assert contents(trained[0]) == before
+  assert contents(trained) == before
 
 
 def test_truncated_checkpoint(call, trained, tmp_path):
   workdir = tmp_path / 'run'
-  shutil.copytree(trained[0], workdir)
+  shutil.copytree(trained, workdir)
   for path in (workdir / 'checkpoints' / '2' / 'state').rglob('*'):
     if path.is_file():
       os.truncate(path, path.stat().st_size // 2)
@@ -214,12 +228,12 @@ def test_import_of_a_bad_file(call, tmp_path, content, message):
 def test_import_needs_a_file_and_a_new_workdir(call, trained, tmp_path):
   error = call('--workdir', str(tmp_path / 'run'), '--mode=import')
   assert 'needs --checkpoint FILE' in error
-  before = contents(trained[0])
+  before = contents(trained)
   error = call(
-    '--workdir', str(trained[0]), '--mode=import', '--checkpoint=anything'
+    '--workdir', str(trained), '--mode=import', '--checkpoint=anything'
   )
-  assert f'{trained[0]} exists already: choose another --workdir.' in error
-  assert contents(trained[0]) == before
+  assert f'{trained} exists already: choose another --workdir.' in error
+  assert contents(trained) == before
 
 
 def test_import_that_dies_leaves_no_workdir(call, tmp_path, monkeypatch):
@@ -247,7 +261,7 @@ def test_export_that_diffusers_cannot_represent(call, trained, tmp_path):
   """The error comes before anything is read."""
   error = call(
     '--workdir',
-    str(trained[0]),
+    str(trained),
     '--mode=export',
     '--output',
     str(tmp_path / 'x'),
@@ -342,7 +356,7 @@ def config_arguments(request, trained):
   """Return the three ways to give the config of a run: all mean the same."""
   return {
     'none': [],
-    'json': ['--config', trained[0] / 'config.json'],
+    'json': ['--config', trained / 'config.json'],
     'file': ['--config', ROOT / 'tests' / 'tiny.py'],
   }[request.param]
 
@@ -351,7 +365,7 @@ def test_sample_with_the_config_of_the_run(
   command, trained, tmp_path, config_arguments
 ):
   workdir = tmp_path / 'run'
-  shutil.copytree(trained[0], workdir)
+  shutil.copytree(trained, workdir)
   before = (workdir / 'config.json').read_bytes()
   stopped = command(
     '--workdir',
@@ -380,7 +394,7 @@ def test_no_config_and_no_run(command, tmp_path, mode):
 @pytest.mark.parametrize('mode', ['sample', 'eval', 'encode'])
 def test_keys_of_the_run_are_refused(call, trained, mode):
   """What a run was trained with cannot be another in any mode."""
-  before = contents(trained[0])
+  before = contents(trained)
   for key, value in {
     'sde.sigma_max': 11.0,
     'model.nf': 16,
@@ -388,11 +402,11 @@ def test_keys_of_the_run_are_refused(call, trained, mode):
     'training.num_scales': 10,
   }.items():
     error = call(
-      '--workdir', trained[0], f'--mode={mode}', f'--config.{key}={value}'
+      '--workdir', trained, f'--mode={mode}', f'--config.{key}={value}'
     )
     assert f'config.{key}=' in error and f'not {value!r}' in error
     assert len(error.splitlines()) == 1
-  assert contents(trained[0]) == before
+  assert contents(trained) == before
 
 
 @pytest.mark.parametrize(
@@ -419,18 +433,16 @@ def test_bad_config_file(command, tmp_path, content, message):
 def test_option_without_effect_is_a_warning(trained, tmp_path):
   """One line on stderr names the option and what it has no effect with."""
   workdir = tmp_path / 'run'
-  shutil.copytree(trained[0], workdir)
-  done = subprocess.run(
-    [sys.executable, 'main.py', '--workdir', workdir, '--mode', 'sample']
-    + ['--config.sampling.num_samples=2', '--config.sampling.method=heun']
-    + ['--config.sampling.sde_rtol=0.5'],
-    cwd=ROOT,
-    env=os.environ | {'JAX_COMPILATION_CACHE_DIR': tiny.CACHE},
-    capture_output=True,
-    text=True,
-    check=True,
+  shutil.copytree(trained, workdir)
+  process = tiny.start(
+    PROGRAM,
+    *('--workdir', workdir, '--mode', 'sample'),
+    *('--config.sampling.num_samples=2', '--config.sampling.method=heun'),
+    '--config.sampling.sde_rtol=0.5',
   )
-  lines = [line for line in done.stderr.splitlines() if 'warning: ' in line]
+  _, said = process.communicate()
+  assert not process.returncode, said
+  lines = [line for line in said.splitlines() if 'warning: ' in line]
   assert len(lines) == 1
   assert 'sde_rtol=0.5' in lines[0] and "method='heun'" in lines[0]
 
@@ -438,7 +450,7 @@ def test_option_without_effect_is_a_warning(trained, tmp_path):
 def test_frames_of_a_sampler_without_frames(call, trained):
   error = call(
     '--workdir',
-    trained[0],
+    trained,
     '--mode=sample',
     '--config.sampling.method=ula',
     '--config.sampling.frames=4',
@@ -452,9 +464,9 @@ def test_frames_of_a_sampler_without_frames(call, trained):
 def test_load(trained, tmp_path):
   """Two lines of a notebook: load and sample."""
   path = tmp_path / 'model.safetensors'
-  exchange.export(tiny.get_config(), trained[0], path)
+  exchange.export(tiny.get_config(), trained, path)
   wanted = dict(schema.leaves(tiny.get_config(training__n_iters=2)))
-  model, params = experiment.load(trained[0])
+  model, params = experiment.load(trained)
   assert dict(schema.leaves(model.config)) == wanted
   images = model.sample(params, jax.random.key(0), 3)
   assert images.shape == (3, 8, 8, 1) and images.dtype == np.uint8
@@ -470,7 +482,7 @@ def test_load(trained, tmp_path):
 def test_load_an_older_config(trained, tmp_path):
   """Keys and values that were renamed are read as what they are today."""
   workdir = tmp_path / 'run'
-  shutil.copytree(trained[0], workdir)
+  shutil.copytree(trained, workdir)
   old = json.loads((workdir / 'config.json').read_text())
   old['sde']['num_scales'] = old['training'].pop('num_scales')
   old['sampling']['corrector'] = 'annealed_langevin'

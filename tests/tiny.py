@@ -3,6 +3,7 @@
 It is a config file as well: python main.py --config tests/tiny.py ...
 """
 
+import contextlib
 import os
 import pathlib
 import subprocess
@@ -86,7 +87,7 @@ class Convolutions(models.NCSNpp):
 
   @nn.compact
   def __call__(self, x, cond, label=None, *_, train, augment=None):
-    del train, augment
+    del augment
     told = self.noise_features(cond)
     if self.num_labels:
       told = layers.add_label(told, label, self.num_labels)
@@ -94,6 +95,11 @@ class Convolutions(models.NCSNpp):
     # Smooth at all noise levels, so that ODEs can be solved back and forth.
     x = x / jnp.sqrt(1 + cond**2)[:, None, None, None]
     h = nn.tanh(nn.Conv(self.nf, (3, 3))(x) + told)
+    if self.attn_resolutions:  # And what else a network splits over devices.
+      h = layers.AttnBlock(jnp.float32, init_scale=1.0)(h)
+      h = nn.Dropout(self.dropout, deterministic=not train)(h)
+      half = layers.Downsample(False, self.fir_kernel, jnp.float32)(h)
+      h = h + layers.Upsample(False, self.fir_kernel, jnp.float32)(half)
     init = layers.default_init(self.init_scale)
     return nn.Conv(x.shape[-1], (3, 3), kernel_init=init)(h)
 
@@ -106,10 +112,48 @@ def quick_network():
   return mock.patch.dict(models.MODELS, ncsnpp=Convolutions)
 
 
+def shared_programs():
+  """Return a context in which trainings of one config share their programs.
+
+  How often something is done may differ. Otherwise each training compiles for a
+  second.
+  """
+  import experiment  # Here, as main.py takes this file for a config.
+  import run_lib
+
+  often = 'log_freq', 'eval_freq', 'checkpoint_freq', 'snapshot_freq'
+
+  def shared(make):
+    made = {}
+
+    def get(model, *more):
+      if not isinstance(model, experiment.Experiment):
+        return make(model, *more)
+      config = model.config.to_dict()
+      for key in (*often, 'snapshot_sampling'):
+        del config['training'][key]
+      key = repr(config), model.network, *more
+      if key not in made:
+        made[key] = make(model, *more)
+      return made[key]
+
+    return get
+
+  init = shared(lambda model: jax.jit(model._init))
+  stack = contextlib.ExitStack()
+  for owner, name, function in (
+    (experiment.Experiment, 'init_params', lambda m, rng: init(m)(rng)),
+    (run_lib, 'make_train_steps', shared(run_lib.make_train_steps)),
+    (run_lib, 'make_eval_loss', shared(run_lib.make_eval_loss)),
+  ):
+    stack.enter_context(mock.patch.object(owner, name, function))
+  return stack
+
+
 def points(**overrides):
   """Return that of a run on points, whose programs compile in a second.
 
   Batches are large because a test loss takes as many points at a time.
   """
-  few = {'training.batch_size': 128}
+  few = {'training.batch_size': 128, 'model.num_layers': 1}
   return compose(ve, mlp, toy('rings'), RUN, few, dotted(overrides))

@@ -24,7 +24,7 @@ from solvers.base import Samples
 from tests import tiny
 
 # The network does not matter here.
-pytestmark = pytest.mark.usefixtures('quick_network')
+pytestmark = pytest.mark.usefixtures('quick_network', 'shared_programs')
 
 
 class Pixels:

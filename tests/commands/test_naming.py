@@ -17,6 +17,8 @@ from runtime.files import load_npz, save_npz
 from tests import tiny
 from tests.commands.test_hosts import Brightness
 
+pytestmark = pytest.mark.usefixtures('shared_programs')
+
 
 def weights(config, workdir, seed):
   """Make random weights the only checkpoint of a workdir, as of step 4."""
