@@ -85,10 +85,10 @@ def _gaussians_logp(x, weights, means, variance):
   return logsumexp(exponent, b=weights)
 
 
+@jax.jit
 def _convolved(x, weights, means, std, alpha, sigma):
   """Return `Distribution.logp` of Gaussians around means [K, D]."""
   alpha, sigma = (jnp.broadcast_to(v, x.shape[:1]) for v in (alpha, sigma))
-  weights, means = jnp.float32(weights), jnp.float32(means)
 
   def one(inputs):
     x, alpha, sigma = inputs
@@ -125,7 +125,8 @@ class Mixture(Distribution):
     return mean + self.std * rng.standard_normal(mean.shape)
 
   def logp(self, x, alpha=1.0, sigma=0.0):
-    return _convolved(x, self.weights, self.means, self.std, alpha, sigma)
+    weights, means = np.float32(self.weights), np.float32(self.means)
+    return _convolved(x, weights, means, self.std, alpha, sigma)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,8 +161,8 @@ class Curve(Distribution):
 
   def logp(self, x, alpha=1.0, sigma=0.0):
     means = self.path((np.arange(self.nodes) + 0.5) / self.nodes)
-    weights = np.full(self.nodes, 1 / self.nodes)
-    return _convolved(x, weights, means, self.std, alpha, sigma)
+    weights = np.full(self.nodes, 1 / self.nodes, np.float32)
+    return _convolved(x, weights, np.float32(means), self.std, alpha, sigma)
 
 
 def rings(u):
