@@ -1,11 +1,22 @@
 """The short program learns the distribution of its rings."""
 
+import functools
+
+import jax
 import numpy as np
 
+import sampling
 from examples import minimal
 
 
-def test_samples_lie_around_the_rings(tmp_path):
+def test_samples_lie_around_the_rings(tmp_path, monkeypatch):
+  """Take 2000 steps of training, and 200 of sampling."""
+  few = functools.partial(sampling.PC, num_steps=200)
+  monkeypatch.setattr(sampling, 'PC', lambda num_steps: few())
+  # The work is in running, so that optimization saves time.
+  options = {'xla_backend_optimization_level': 1}
+  compiled = functools.partial(jax.jit, compiler_options=options)
+  monkeypatch.setattr(jax, 'jit', compiled)
   picture = tmp_path / 'rings.png'
   samples = minimal.main(['--output', str(picture), '--steps', '2000'])
   assert picture.read_bytes().startswith(b'\x89PNG')
