@@ -77,7 +77,7 @@ def _truth(law, test, count):
   """Return (true points, metrics of the true density) of points of a law."""
   metrics = {}
   if law.has_density:
-    logp = np.asarray(jax.jit(law.logp)(test), np.float64)
+    logp = np.asarray(law.logp(test), np.float64)
     metrics['true_nats'] = evaluation.Metric(
       value=float(-logp.mean()),
       count=len(test),
@@ -177,7 +177,7 @@ def draw_pictures(run, x, folder):
   fine = plane.grid(half, 100)
   # The curve's density is shown with the least noise that a pixel can.
   blur = 0.0 if law.has_density else 0.02 * half
-  true = np.exp(jax.jit(law.logp)(fine, 1.0, blur))
+  true = np.exp(law.logp(fine, 1.0, blur))
   # At hardly any noise, and at a little and a lot for the size of the picture.
   snr = jnp.log(half * jnp.array([0.05, 0.3])) * -2
   times = [config.sampling.eps, *sde.continuous.time(snr)]
@@ -190,7 +190,7 @@ def draw_pictures(run, x, folder):
       t = jnp.full(len(coarse), time)
       fields = [np.asarray(score_fn(coarse, t)) for score_fn in (learnt, exact)]
       alpha, sigma = (float(c) for c in sde.marginal(jnp.float32(time)))
-      values = np.exp(jax.jit(law.logp)(fine, alpha, max(sigma, blur)))
+      values = np.exp(law.logp(fine, alpha, max(sigma, blur)))
       for ax, score, name in zip(
         (upper, lower), fields, ('learnt', 'true'), strict=True
       ):

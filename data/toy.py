@@ -12,6 +12,7 @@ Points are arrays [N, 2]. `DISTRIBUTIONS` is the table; its names are those of
 
 import abc
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -209,6 +210,7 @@ class Checkerboard(Distribution):
     corner = np.stack([column, 2 * row + column % 2], axis=-1) - 2
     return corner + rng.random((n, 2))
 
+  @functools.partial(jax.jit, static_argnums=0)
   def logp(self, x, alpha=1.0, sigma=0.0):
     alpha, sigma = (
       jnp.broadcast_to(v, x.shape[:1])[:, None, None] for v in (alpha, sigma)

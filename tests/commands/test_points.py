@@ -22,6 +22,7 @@ from commands import evaluate, points, stats, trained
 from configs.base import arrays, compose, ddpmpp, edm, vp
 from data import datasets, toy
 from examples import paper_figures
+from reporting import plane
 from runtime.devices import make_layout
 from tests.exact import GAUSSIAN
 
@@ -52,19 +53,22 @@ def test_config(name):
   assert command[-1] == f'configs/toy/{name}.py'
 
 
-def test_trains_and_evaluates(tmp_path):
+def test_trains_and_evaluates(tmp_path, monkeypatch):
   """A model trained for seconds is nearly the true density."""
   config = load('mixture_ve')
-  config.training.n_iters = 600
-  config.training.checkpoint_freq = config.training.snapshot_freq = 600
-  config.eval.update(num_samples=2000, batch_size=2000)
-  config.sampling.update(num_steps=60, rtol=1e-2, atol=1e-2)
+  config.training.update(n_iters=900, batch_size=256)
+  config.training.checkpoint_freq = config.training.snapshot_freq = 900
+  # As many as in the picture of training, so that they share a program.
+  config.eval.update(num_samples=2048, batch_size=2048)
+  config.sampling.update(num_steps=60, rtol=1e-2, atol=1e-2, corrector='none')
+  grid = plane.grid  # Pictures with fewer points.
+  monkeypatch.setattr(plane, 'grid', lambda half, n: grid(half, n // 3))
   run_lib.train(config, tmp_path)
-  picture(tmp_path / 'samples' / 'step_600.png')
+  picture(tmp_path / 'samples' / 'step_900.png')
   evaluate.evaluate(config, tmp_path)
   (result,) = json.loads((tmp_path / 'eval/results.json').read_text())
   value = lambda name: result[name]['value']
-  assert result['count'] == 2000
+  assert result['count'] == 2048
   assert 0 < value('test_loss') < 0.7
   # Negative log-likelihoods of the test points: of the model, and true.
   assert abs(value('nats') - value('true_nats')) < 0.1
@@ -74,11 +78,11 @@ def test_trains_and_evaluates(tmp_path):
   # An error of 0.02 of the weights of the modes gives 1 and 0.05.
   assert value('true_sliced_wasserstein') < value('sliced_wasserstein') < 1.5
   assert abs(value('energy_distance')) < 0.1
-  (folder,) = (tmp_path / 'eval').glob('step_600-*')
+  (folder,) = (tmp_path / 'eval').glob('step_900-*')
   for name in ('score_field', 'density', 'trajectories'):
     picture(folder / f'{name}.png')
-  saved = np.load(folder / 'samples_2000.npz')
-  assert saved['points'].shape == (2000, 2)
+  saved = np.load(folder / 'samples_2048.npz')
+  assert saved['points'].shape == (2048, 2)
 
 
 def test_distances_of_shifted_points():
