@@ -21,7 +21,7 @@ from commands import encode
 from models import score as score_lib
 from solvers.ode import ODE
 from tests import tiny
-from tests.exact import MIXTURE
+from tests.exact import MIXTURE, optimized
 
 MEAN = np.array([0.3, -0.5])
 COVARIANCE = np.array([[0.8, 0.35], [0.35, 0.4]])
@@ -60,14 +60,14 @@ def trained(data, sde, conditioning, *, seed, steps=800, loss=None, **fields):
     params, state, ema = carry
     rng_data, rng_loss = jax.random.split(rng)
     mean = lambda params: loss_fn(
-      rng_loss, score_of(params), sde, data(rng_data, 512)
+      rng_loss, score_of(params), sde, data(rng_data, 256)
     ).mean()
     value, grads = jax.value_and_grad(mean)(params)
     updates, state = optimizer.update(grads, state, params)
     params = optax.apply_updates(params, updates)
     return (params, state, optax.incremental_update(params, ema, 0.01)), value
 
-  @jax.jit
+  @optimized
   def train(rng):
     rng, rng_init = jax.random.split(rng)
     params = network.init(rng_init, jnp.zeros((1, 2)), jnp.ones(1), train=False)
@@ -93,7 +93,7 @@ def exact_code(sde, x, eps):
 def test_two_networks_agree_on_codes():
   """Codes depend on the data, not on the network (Section 4.3)."""
   sde, eps = sde_lib.VPSDE(), 1e-2
-  x = gaussian(jax.random.key(9), 256)
+  x = jax.jit(gaussian, static_argnums=1)(jax.random.key(9), 256)
   want = exact_code(sde, np.float64(x), eps)
   codes = []
   for seed, fields in enumerate((
@@ -128,21 +128,24 @@ def test_edm_trains_and_samples():
     sde, score_lib.EDM(sigma_data=sigma_data), seed=0, loss=loss, nf=64,
     num_layers=3,
   )  # fmt: skip
-  exact = loss(jax.random.key(1), MIXTURE.score_fn(sde), sde, x0).mean()
+  values = np.asarray(values)
+  exact = jax.jit(lambda rng: loss(rng, MIXTURE.score_fn(sde), sde, x0).mean())(
+    jax.random.key(1)
+  )
   assert values[:20].mean() > 1.2 * exact
   np.testing.assert_allclose(values[-200:].mean(), exact, rtol=0.03)
 
   z = sde.prior_sample(jax.random.key(1), (4000, 2))
   sampler = ODE(eps=1e-4, rtol=1e-4, atol=1e-4)
-  samples = jax.jit(lambda z: sampler(None, score_fn, sde, z))(z)
+  samples = optimized(lambda z: sampler(None, score_fn, sde, z))(z)
   assert samples.success
   x = np.asarray(samples.x)
   np.testing.assert_allclose(x.mean(0), MIXTURE.mean, atol=0.08)
   np.testing.assert_allclose(x.var(0), MIXTURE.variance, rtol=0.1)
   # The weight of the component on the right, and the likelihood.
   np.testing.assert_allclose(np.mean(x[:, 0] > 0), 0.7, atol=0.05)
-  truth = MIXTURE.logp(x0).mean()
-  np.testing.assert_allclose(MIXTURE.logp(samples.x).mean(), truth, atol=0.05)
+  logp = jax.jit(lambda x: MIXTURE.logp(x).mean())
+  np.testing.assert_allclose(logp(samples.x), logp(x0), atol=0.05)
 
 
 def test_points_have_nats(monkeypatch):
@@ -156,7 +159,8 @@ def test_points_have_nats(monkeypatch):
   compute = jax.jit(model.bits_per_dim)
   bits, error, _, success = compute(None, jax.random.key(0), x)
   assert success and (error == 0).all()
-  nats = -MIXTURE.logp(jnp.asarray(x), *sde_lib.VPSDE().marginal(1e-5))
+  noise = jax.jit(sde_lib.VPSDE().marginal)(1e-5)
+  nats = -jax.jit(MIXTURE.logp)(x, *noise)
   np.testing.assert_allclose(bits * 2 * np.log(2), nats, atol=0.02)
   config.eval.bpd_trace = 'hutchinson'
   with pytest.raises(ValueError, match="bpd_trace='hutchinson' is unknown"):
