@@ -11,7 +11,7 @@ quickstart: $(VENV)/.ready
 	$(RUN) main.py $(QUICKSTART) --mode eval
 
 test: $(VENV)/.ready
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.ready
 	$(RUN) -m pytest -m slow

@@ -763,6 +763,7 @@ def _check(model):
           f'set config.{section}.{key}=False.'
         )
   else:
+    model.score_fn(None, continuous=model.sampler.continuous)
     frames = config.sampling.frames
     _trace_sampler(model.sampler, model.sde, model.shape(1), frames)
   if training.batch_size % training.grad_accumulation:

@@ -29,7 +29,8 @@ def test_training_tells_the_network_and_sampling_does_not():
     return [model.score_fn(params, augment=v)(x, t) for v in (None, labels)]
 
   none, (zero, one) = jax.jit(scores)(params)
-  np.testing.assert_allclose(none[0], zero, rtol=1e-6)
+  # Rows of one program, whose sums are in another order.
+  np.testing.assert_allclose(none[0], zero, rtol=1e-4)
   assert np.abs(one - none[1]).max() > 1e-3
 
   losses = jax.jit(lambda train_params: (

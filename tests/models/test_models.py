@@ -351,6 +351,35 @@ def test_gradients_and_remat():
 
 
 @pytest.mark.parametrize(
+  'model', [ShallowNCSN(nf=4, num_classes=3), CLASSIFIER], ids=['ncsn', 'wrn']
+)
+def test_gradients_are_slopes(model):
+  """Compare with differences along a direction of parameters and images."""
+  cond = jnp.array([1.0, 2.0])
+  at = random_params(model), images()
+  direction = jax.tree.map(
+    lambda v: np.random.default_rng(v.size).normal(size=v.shape) * v.std(), at
+  )
+  moved = lambda h: jax.tree.map(
+    lambda v, d: v + np.float32(h * d), at, direction
+  )
+
+  @jax.jit
+  @jax.value_and_grad
+  def value(at):
+    return jnp.mean(apply(model, at[0], at[1], cond) ** 2)
+
+  _, gradient = value(at)
+  slope = sum(
+    np.vdot(g, d)
+    for g, d in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True)
+  )
+  h = 1e-3
+  (above, _), (below, _) = value(moved(h)), value(moved(-h))
+  np.testing.assert_allclose((above - below) / (2 * h), slope, rtol=0.02)
+
+
+@pytest.mark.parametrize(
   'model',
   [model for model in ALL if not isinstance(model, ncsn.NCSNv2)],
   ids=lambda model: type(model).__name__,
