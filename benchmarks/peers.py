@@ -10,6 +10,10 @@ torch with channels as the last axis in memory.
 - An evaluation is sigma times the score of a batch.
 - A training step is flips, loss, gradient, clipping, Adam and moving average.
 
+With `--convolutions` also their convolutions one by one, without the rest of
+the network: forward, and the gradients of image and kernel. The table has the
+sum over the network, of the faster layout of torch for each.
+
 The defaults are networks that a CPU trains in less than a second a step; CUDA
 is used where jax and torch both have it. The last column is our median divided
 by the smaller median of torch. `benchmarks.evaluation` does the same for the
@@ -17,6 +21,7 @@ Inception network and pytorch-fid.
 """
 
 import argparse
+import collections
 import copy
 import os
 import pathlib
@@ -175,6 +180,100 @@ def torch_functions(model, network, device, image, x, level):
   return {'evaluation': evaluate, 'training step': train}
 
 
+# --- Convolutions ---
+
+
+def convolutions(jaxpr):
+  """Yield (shapes of x, kernel and result, strides, padding) of a program's.
+
+  Those of resampling, which are dilated or act on each channel, are left out.
+  """
+  for eqn in jaxpr.eqns:
+    given = eqn.params
+    plain = given.get('lhs_dilation') == (1, 1)
+    if plain and given['feature_group_count'] == 1:
+      shapes = [v.aval.shape for v in (*eqn.invars, *eqn.outvars)]
+      yield *shapes, given['window_strides'], given['padding']
+    inner = jax.tree.leaves(
+      [*given.values()], is_leaf=lambda v: hasattr(v, 'eqns')
+    )
+    for value in inner:
+      if hasattr(value, 'eqns'):
+        yield from convolutions(getattr(value, 'jaxpr', value))
+
+
+def our_convolution(x, kernel, dy, strides, padding):
+  """Return three functions: forward, gradients of x and of the kernel."""
+
+  def forward(x, kernel):
+    return jax.lax.conv_general_dilated(
+      x, kernel, strides, padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+    )
+
+  def gradient(argument):
+    pull = lambda x, kernel, dy: jax.vjp(forward, x, kernel)[1](dy)[argument]
+    return jax.jit(pull)
+
+  wait, arrays = jax.block_until_ready, jax.device_put((x, kernel, dy))
+  functions = jax.jit(forward), gradient(0), gradient(1)
+  calls = arrays[:2], arrays, arrays
+  return [
+    lambda f=f, given=given: wait(f(*given))
+    for f, given in zip(functions, calls, strict=True)
+  ]
+
+
+def torch_convolution(x, kernel, dy, strides, padding, last):
+  """Return the same functions; `last`: channels last in memory."""
+  import torch
+
+  layout = torch.channels_last if last else torch.contiguous_format
+  put = lambda v, *axes: torch.tensor(v.transpose(axes).copy()).contiguous(
+    memory_format=layout
+  )
+  x, dy = (put(v, 0, 3, 1, 2) for v in (x, dy))
+  kernel, (rows, columns) = put(kernel, 3, 2, 0, 1), padding
+  x = torch.nn.functional.pad(x, (*columns, *rows)).contiguous(
+    memory_format=layout
+  )
+
+  def gradient(*wanted):
+    return torch.ops.aten.convolution_backward(
+      dy, x, kernel, None, strides, [0, 0], [1, 1], False, [0, 0], 1, wanted
+    )
+
+  return [
+    lambda: torch.nn.functional.conv2d(x, kernel, stride=strides),
+    lambda: gradient(True, False, False),
+    lambda: gradient(False, True, False),
+  ]
+
+
+def compare_convolutions(name, args):
+  """Print the sums of the medians over the convolutions of a network."""
+  model = build(NETWORKS[name], args)
+  size = args.batch_size
+  x, t = np.zeros(model.shape(size), np.float32), np.ones(size, np.float32)
+  score = lambda params: model.score_fn(params)(x, t)
+  program = jax.make_jaxpr(score)(model.abstract_params())
+  found = collections.Counter(convolutions(program.jaxpr))
+  rng, total = np.random.default_rng(0), np.zeros((2, 3))
+  for (*shapes, strides, padding), number in found.items():
+    arrays = (np.float32(rng.normal(size=shape)) for shape in shapes)
+    given = *arrays, strides, padding
+    sides = [our_convolution(*given)]
+    sides += [torch_convolution(*given, last) for last in (False, True)]
+    times, _ = timing.in_turn(sum(sides, []), args.rounds)
+    ours, *theirs = np.median(times[..., 0], axis=1).reshape(3, 3)
+    total += number * np.array([ours, np.min(theirs, axis=0)])
+  print(f'{found.total()} convolutions alone       ours          torch  ratio')
+  names = 'forward', 'gradient of images', 'gradient of kernels'
+  for what, (ours, theirs) in zip(names, total.T, strict=True):
+    print(
+      f'{what:20}{ours:15.4f}{theirs:15.4f}{ours / theirs:7.2f}', flush=True
+    )
+
+
 # --- In turn ---
 
 
@@ -241,6 +340,7 @@ def parse_args(argv):
   parser.add_argument(
     '--networks', nargs='+', choices=NETWORKS, default=list(NETWORKS)
   )
+  parser.add_argument('--convolutions', action='store_true')
   timing.add_cpu_devices(parser)
   return parser.parse_args(argv)
 
@@ -259,6 +359,8 @@ def main(argv=None):
     check_divisible(args.batch_size, '--batch_size')
     for name in args.networks:
       compare(name, args)
+      if args.convolutions:
+        compare_convolutions(name, args)
   except ValueError as error:
     sys.exit(f'error: {error}')
 
