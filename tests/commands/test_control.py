@@ -2,9 +2,7 @@
 
 import importlib
 import sys
-from unittest import mock
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +11,6 @@ import pytest
 
 import controllable_generation
 import experiment
-import models
 import optimization
 import run_lib
 from checkpoints.workdir import Checkpoints, restore_ema
@@ -24,24 +21,8 @@ from experiment import load_config
 from runtime.files import load_npz
 from tests import tiny
 
-# The networks do not matter here.
-pytestmark = pytest.mark.usefixtures('quick_network', 'quick_classifier')
-
-
-class Linear(models.WideResNet):
-  """A classifier that compiles quickly: linear in images and noise level."""
-
-  @nn.compact
-  def __call__(self, x, cond, *, train):
-    told = jnp.concatenate([x.reshape(len(x), -1), jnp.log(cond)[:, None]], 1)
-    return nn.Dense(self.num_outputs)(told)
-
-
-@pytest.fixture(scope='module')
-def quick_classifier():
-  quick = {'wideresnet_noise_conditional': Linear}
-  with mock.patch.dict(models.CLASSIFIERS, quick):
-    yield
+# The network does not matter here.
+pytestmark = pytest.mark.usefixtures('quick_network')
 
 
 def get_config(**overrides):
@@ -78,12 +59,12 @@ def untrained(config, workdir):
 
 
 @pytest.fixture(scope='module')
-def workdir(tmp_path_factory, quick_network):
+def workdir(tmp_path_factory):
   return untrained(get_config(), tmp_path_factory.mktemp('model') / 'run')
 
 
 @pytest.fixture(scope='module')
-def classifier_run(tmp_path_factory, quick_classifier):
+def classifier_run(tmp_path_factory):
   """Return the workdir of a classifier that was trained for two steps."""
   folder = tmp_path_factory.mktemp('classifier') / 'run'
   run_lib.train(classifier_config(), folder)
@@ -254,7 +235,7 @@ def test_complex_measurements_and_ddrm(workdir):
   assert y.shape == (3, 4, 5, 1) and y.dtype == np.complex64
   operator, _ = control.inverse_problem(unbuilt(config))
   x = jnp.float32(arrays['originals']) / 255
-  np.testing.assert_allclose(y, jax.jit(operator)(x), atol=1e-5)
+  np.testing.assert_allclose(y, operator(x), atol=1e-5)
 
 
 def test_inpainting_keeps_known_pixels(workdir):
