@@ -43,10 +43,7 @@ PICTURES = OVERRIDES | {
   'training__snapshot_sampling': True,
   'training__snapshot_freq': 4,
 }
-CONVOLUTIONS = PICTURES | {
-  'sampling__corrector': 'none',
-  'model__attn_resolutions': (8,),
-}
+CONVOLUTIONS = PICTURES | {'sampling__corrector': 'none'}
 
 # Trains in another process. Arguments: workdir, number of devices and, with two
 # processes, the number of this one and a port.
@@ -59,8 +56,7 @@ if process:
   jax.distributed.initialize('127.0.0.1:' + process[1], 2, int(process[0]))
 import run_lib
 from tests import tiny
-with tiny.quick_network():
-  run_lib.train(tiny.get_config(**{CONVOLUTIONS}), workdir)
+run_lib.train(tiny.get_config(**{CONVOLUTIONS}), workdir)
 """
 
 # The same, and trains on points. Then it compares data that devices hold with
@@ -220,8 +216,7 @@ def finished(tmp_path_factory):
 def pictures(tmp_path_factory):
   """Return the workdir of a run with convolutions and a picture."""
   workdir = tmp_path_factory.mktemp('pictures')
-  with tiny.quick_network():
-    run_lib.train(tiny.get_config(**CONVOLUTIONS), workdir)
+  run_lib.train(tiny.get_config(**CONVOLUTIONS), workdir)
   return workdir
 
 
@@ -318,11 +313,9 @@ def test_two_processes_are_as_one(pictures, tmp_path, split):
   assert_close(workdir, pictures)
   assert_close_pictures(workdir, pictures)
   # One process can read what two processes saved.
-  with tiny.quick_network():
-    ours, theirs = (
-      restored(w, 12, tiny.get_config(**CONVOLUTIONS))
-      for w in (workdir, pictures)
-    )
+  ours, theirs = (
+    restored(w, 12, tiny.get_config()) for w in (workdir, pictures)
+  )
   for path, value in ours.items():
     np.testing.assert_allclose(
       value, theirs[path], rtol=1e-2, atol=1e-4, err_msg=path

@@ -87,7 +87,7 @@ class Convolutions(models.NCSNpp):
 
   @nn.compact
   def __call__(self, x, cond, label=None, *_, train, augment=None):
-    del augment
+    del train, augment
     told = self.noise_features(cond)
     if self.num_labels:
       told = layers.add_label(told, label, self.num_labels)
@@ -95,11 +95,6 @@ class Convolutions(models.NCSNpp):
     # Smooth at all noise levels, so that ODEs can be solved back and forth.
     x = x / jnp.sqrt(1 + cond**2)[:, None, None, None]
     h = nn.tanh(nn.Conv(self.nf, (3, 3))(x) + told)
-    if self.attn_resolutions:  # And what else a network splits over devices.
-      h = layers.AttnBlock(jnp.float32, init_scale=1.0)(h)
-      h = nn.Dropout(self.dropout, deterministic=not train)(h)
-      half = layers.Downsample(False, self.fir_kernel, jnp.float32)(h)
-      h = h + layers.Upsample(False, self.fir_kernel, jnp.float32)(half)
     init = layers.default_init(self.init_scale)
     return nn.Conv(x.shape[-1], (3, 3), kernel_init=init)(h)
 
