@@ -191,6 +191,14 @@ def likelihood(model, layout):
 PROGRAMS = {'train': train, 'sample': sample, 'likelihood': likelihood}
 
 
+def inner_programs(eqn):
+  """Return the jaxprs in an equation: of a call, branches or a loop."""
+  values = jax.tree.leaves(
+    list(eqn.params.values()), is_leaf=lambda v: hasattr(v, 'eqns')
+  )
+  return [getattr(v, 'jaxpr', v) for v in values if hasattr(v, 'eqns')]
+
+
 def count_flops(jaxpr) -> int:
   """Return the operations of convolutions and matrix products of a program.
 
@@ -215,13 +223,7 @@ def count_flops(jaxpr) -> int:
       out = math.prod(eqn.outvars[0].aval.shape)
       total += 2 * out * taps // math.prod(eqn.params['lhs_dilation'])
     else:
-      inner = [
-        count_flops(getattr(value, 'jaxpr', value))
-        for value in jax.tree.leaves(
-          list(eqn.params.values()), is_leaf=lambda v: hasattr(v, 'eqns')
-        )
-        if hasattr(value, 'eqns')
-      ]
+      inner = [count_flops(program) for program in inner_programs(eqn)]
       if inner:
         choose = max if eqn.primitive.name == 'cond' else sum
         total += choose(inner) * eqn.params.get('length', 1)

@@ -35,6 +35,7 @@ import experiment
 import run_lib
 from benchmarks import comparison
 from benchmarks import evaluation as timing
+from benchmarks.compile import inner_programs
 from checkpoints import diffusers as exported
 from runtime.devices import check_divisible, divide_cpu, make_layout, to_global
 
@@ -194,12 +195,8 @@ def convolutions(jaxpr):
     if plain and given['feature_group_count'] == 1:
       shapes = [v.aval.shape for v in (*eqn.invars, *eqn.outvars)]
       yield *shapes, given['window_strides'], given['padding']
-    inner = jax.tree.leaves(
-      [*given.values()], is_leaf=lambda v: hasattr(v, 'eqns')
-    )
-    for value in inner:
-      if hasattr(value, 'eqns'):
-        yield from convolutions(getattr(value, 'jaxpr', value))
+    for program in inner_programs(eqn):
+      yield from convolutions(program)
 
 
 def our_convolution(x, kernel, dy, strides, padding):
