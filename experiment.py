@@ -103,6 +103,11 @@ class Experiment:
     """Return the kind of condition the network is told; '' for none."""
     return self.config.model.get('condition', '')
 
+  @property
+  def sampled(self) -> sde_lib.SDE:
+    """The process that the sampler follows, of levels or in continuous time."""
+    return self.sde.continuous if self.sampler.continuous else self.sde
+
   def shape(self, batch_size: int) -> tuple[int, ...]:
     """Return [B, H, W, C] of images, or [B, *space, C] of other data."""
     return batch_size, *datasets.example_shape(self.config.data)
@@ -369,8 +374,7 @@ class Experiment:
         'model, with config.control.name=classifier and classifier_workdir.'
       )
     self.sampler.check_frames(frames)
-    continuous = self.sampler.continuous
-    sde = self.sde.continuous if continuous else self.sde
+    sde = self.sampled
     classes = 0 if guide else self.num_labels
     needs_condition = self.condition and not guide
     if classes or needs_condition:
@@ -396,7 +400,7 @@ class Experiment:
         )
       if z is None:
         z = sde.prior_sample(rng_prior, self.shape(batch_size))
-      score_fn = self.score_fn(params, continuous=continuous)
+      score_fn = self.score_fn(params, continuous=self.sampler.continuous)
       if guide:
         score_fn = guide(score_fn, sde, **given)
       found = self.sampler(rng, score_fn, sde, z, frames=frames)
@@ -763,9 +767,10 @@ def _check(model):
           f'set config.{section}.{key}=False.'
         )
   else:
+    # The conditioning must suit the process.
     model.score_fn(None, continuous=model.sampler.continuous)
     frames = config.sampling.frames
-    _trace_sampler(model.sampler, model.sde, model.shape(1), frames)
+    _trace_sampler(model.sampler, model.sampled, model.shape(1), frames)
   if training.batch_size % training.grad_accumulation:
     raise ValueError(
       f'config.training.batch_size={training.batch_size} does not divide by '
@@ -896,7 +901,6 @@ def _trace_sampler(sampler, sde, shape, frames):
   Samplers with the same options are traced once in a process.
   """
   sampler.check_frames(frames)
-  sde = sde.continuous if sampler.continuous else sde
 
   def sample(rng):
     free = lambda x, t: x  # A score that costs nothing.
@@ -929,9 +933,8 @@ def _check_times(model):
   weighting = getattr(model.loss_fn, 'weighting', None)
   smallest = [('training.eps', model.sde, model.loss_fn.smallest, weighting)]
   if model.sampler is not None:
-    sampler, sde = model.sampler, model.sde
+    sampler, sde = model.sampler, model.sampled
     levels = getattr(sampler, 'levels', lambda sde: 0)
-    sde = sde.continuous if sampler.continuous else sde
     last = 0.0 if levels(sde) else sampler.eps
     smallest += [
       ('sampling.eps', sde, last, None),
