@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from unittest import mock
 
 import jax
 import jax.flatten_util
@@ -364,11 +365,23 @@ def averaged_config(*lengths, n_iters=STEPS_OF_RUN, every=4):
   return config
 
 
+def newer_emitter():
+  """Return a context of XLA's default emitter, as two programs are compared."""
+  jit, newer = jax.jit, {'xla_cpu_use_fusion_emitters': True}
+
+  def compiled(*args, compiler_options=None, **kwargs):
+    options = {**(compiler_options or {}), **newer}
+    return jit(*args, compiler_options=options, **kwargs)
+
+  return mock.patch.object(jax, 'jit', compiled)
+
+
 @pytest.fixture(scope='module')
 def averaged(tmp_path_factory):
   """Return the workdir of a run that keeps averages of two lengths."""
   workdir = tmp_path_factory.mktemp('averaged') / 'run'
-  run_lib.train(averaged_config(0.05, 0.1), workdir)
+  with newer_emitter():
+    run_lib.train(averaged_config(0.05, 0.1), workdir)
   return workdir
 
 
@@ -387,9 +400,9 @@ def test_a_run_has_averages_of_any_length(averaged, tmp_path, capsys):
   scale = np.abs(flat(averaged, 0.05) - tracked).max()
   assert np.abs(combined - tracked).max() < 0.1 * scale
   # A kept length is what was kept, and the constant average is as before.
-  run_lib.train(averaged_config(every=16), tmp_path / 'plain')
-  plain = flat(tmp_path / 'plain')
-  np.testing.assert_allclose(plain, flat(averaged), rtol=0, atol=1e-6)
+  with newer_emitter():
+    run_lib.train(averaged_config(every=16), tmp_path / 'plain')
+  np.testing.assert_array_equal(flat(tmp_path / 'plain'), flat(averaged))
   # A stop changes nothing.
   parts = stopped(tmp_path / 'whole', 16)
   run_lib.train(averaged_config(0.08, every=16), parts)

@@ -150,5 +150,5 @@ def points(**overrides):
 
   Batches are large because a test loss takes as many points at a time.
   """
-  few = {'training.batch_size': 128, 'model.num_layers': 1}
+  few = {'training.batch_size': 128}
   return compose(ve, mlp, toy('rings'), RUN, few, dotted(overrides))
